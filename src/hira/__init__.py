@@ -1,0 +1,36 @@
+"""HiRA (Hadamard High-Rank Adaptation) for PEFT, at LoRA's price. Importing this package registers it with PEFT."""
+
+from importlib.metadata import version
+
+from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+from hira.config import HiraConfig
+from hira.dispatch import dispatch_default
+from hira.errors import HiraError
+from hira.layer import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, HiraLayer, Linear
+from hira.model import HiraModel
+from hira.registration import is_registered, register, unregister
+
+__version__ = version("hira")
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvNd",
+    "Embedding",
+    "HiraConfig",
+    "HiraError",
+    "HiraLayer",
+    "HiraModel",
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "dispatch_bnb_4bit",
+    "dispatch_bnb_8bit",
+    "dispatch_default",
+    "is_registered",
+    "register",
+    "unregister",
+]
+
+register()

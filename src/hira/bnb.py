@@ -1,0 +1,179 @@
+"""HiRA on the 4-bit and 8-bit linear layers of bitsandbytes.
+
+A target can only be such a layer if bitsandbytes was imported already, so this module never imports it for a check.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hira.layer import Linear
+from hira.ops.linear import Dequantize
+from hira.weights import Storage
+
+bnb: Any = None  # bitsandbytes, once a layer of it has been seen
+
+
+class Packed4bit(Storage):
+    """A weight packed to 4 bits: blocks of codes and their scales, in a `Params4bit`."""
+
+    @property
+    def dequantize(self) -> Dequantize:
+        return partial(_dequantize_4bit, state=self.layer.weight.quant_state)
+
+    def write(self, weight: Tensor) -> None:
+        old = self.layer.weight
+        self._install(
+            bnb.nn.Params4bit(
+                weight,
+                requires_grad=False,
+                blocksize=old.blocksize,
+                compress_statistics=old.compress_statistics,
+                quant_type=old.quant_type,
+                quant_storage=old.quant_storage,
+                module=self.layer,
+            ).to(old.device)
+        )
+
+    def restore(self, snapshot: Any) -> None:
+        device = self.layer.weight.device
+        self._install(snapshot if snapshot.device == device else snapshot.to(device))
+
+    def _install(self, weight: Any) -> None:
+        self.layer.weight = weight
+        self.layer.quant_state = weight.quant_state
+
+
+class _Int8Snapshot(NamedTuple):
+    weight: Any
+    codes: Tensor
+    scales: Tensor
+
+
+class RowwiseInt8(Storage):
+    """A weight of 8-bit integers with a scale for each row, W0 = codes * scales / 127, in an `Int8Params`."""
+
+    @property
+    def dequantize(self) -> Dequantize:
+        return partial(_dequantize_8bit, scales=self._scales())
+
+    def kept(self) -> Tensor:
+        state = self.layer.state
+        codes: Tensor = self.layer.weight.data if state.CB is None else state.CB
+        return codes
+
+    def write(self, weight: Tensor) -> None:
+        device = self.layer.weight.device
+        # bitsandbytes quantises on the way from the CPU to a device
+        new = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        self._install(_Int8Snapshot(new, new.CB, new.SCB))
+
+    def snapshot(self) -> _Int8Snapshot:
+        return _Int8Snapshot(self.layer.weight, self.kept(), self._scales())
+
+    def restore(self, snapshot: Any) -> None:
+        device = self.layer.weight.device
+        weight, codes, scales = snapshot
+        weight.data = codes.to(device)
+        self._install(_Int8Snapshot(weight, weight.data, scales.to(device)))
+
+    def _scales(self) -> Tensor:
+        state = self.layer.state
+        scales: Tensor = self.layer.weight.SCB if state.SCB is None else state.SCB
+        return scales
+
+    def _install(self, snapshot: _Int8Snapshot) -> None:
+        weight, codes, scales = snapshot
+        weight.CB = weight.SCB = None
+        self.layer.weight = weight
+        self.layer.state.CB, self.layer.state.SCB = codes, scales
+
+
+def _dequantize_4bit(packed: Tensor, state: Any) -> Tensor:
+    if getattr(state, "packing_format_for_cpu", False):
+        packed, state = bnb.functional._convert_weight_packed_for_cpu_inverse(packed, state)
+    weight: Tensor = bnb.functional.dequantize_4bit(packed.detach(), state)
+    return weight
+
+
+def _dequantize_8bit(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes * (scales.float() / 127).unsqueeze(1)
+
+
+class Linear4bit(Linear):
+    """HiRA on a bitsandbytes `Linear4bit`: one product with W' of the dequantised weight, in its compute dtype.
+
+    Merging packs W' again, with the base layer's settings; unmerging puts the packed weight back, bit for bit.
+
+    Args:
+        base_layer, adapter_name, config, r: as for Linear.
+    """
+
+    @property
+    def storage(self) -> Storage:
+        return Packed4bit(self.get_base_layer())
+
+    def _is_plain(self) -> bool:
+        self.plain_forwards = (bnb.nn.Linear4bit.forward,)  # type: ignore[misc]
+        return super()._is_plain()
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return super()._product(self._cast(x), A, B).to(x.dtype)
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
+        return super()._update(self._cast(x), A, B, dropout).to(x.dtype)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        dtype = self.get_base_layer().compute_dtype
+        return x if dtype is None else x.to(dtype)
+
+
+class Linear8bitLt(Linear):
+    """HiRA on a bitsandbytes `Linear8bitLt`: its integer product of x, plus a product of x with the update.
+
+    Merging quantises W' again; unmerging puts the integers and scales back, bit for bit.
+
+    Args:
+        base_layer, adapter_name, config, r: as for Linear.
+    """
+
+    plain_forwards = ()
+
+    @property
+    def storage(self) -> Storage:
+        return RowwiseInt8(self.get_base_layer())
+
+
+def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
+    """Return a HiRA layer for a bitsandbytes `Linear8bitLt`, None for another module.
+
+    Args:
+        target: the module, or another tuner's layer around it.
+        adapter_name: the adapter's name.
+        hira_config: its HiraConfig.
+        **kwargs: `r`, the rank, if not the config's; PEFT passes more, which is not needed.
+    """
+    return _dispatch("Linear8bitLt", Linear8bitLt, target, adapter_name, hira_config, **kwargs)
+
+
+def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
+    """Return a HiRA layer for a bitsandbytes `Linear4bit`, None for another module; arguments as its sibling's."""
+    return _dispatch("Linear4bit", Linear4bit, target, adapter_name, hira_config, **kwargs)
+
+
+def _dispatch(
+    name: str, layer: type[Linear], target: nn.Module, adapter_name: str, config: Any, r: int | None = None, **_: Any
+) -> nn.Module | None:
+    global bnb
+    bnb = sys.modules.get("bitsandbytes")
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if bnb is None or not isinstance(base, getattr(bnb.nn, name)):
+        return None
+    quantised = base.weight.dtype == torch.int8 or getattr(base.weight, "quant_state", None) is not None
+    return layer(target, adapter_name, config, r) if quantised else None

@@ -1,0 +1,136 @@
+"""HiraConfig, the configuration of HiRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
+
+from hira.errors import HiraError
+
+InitWeights = bool | Literal["gaussian"] | None
+
+
+@dataclass
+class HiraConfig(PeftConfig):
+    """Configures HiRA adapters, ``W' = W0 * (1 + BA)``; the fields and their JSON are those of PEFT's HiraConfig.
+
+    Args:
+        r: the rank of BA, for every adapted module that `rank_pattern` does not name. HiRA has no scale (LoRA's alpha):
+            the learning rate sets the size of the update, and is commonly 5 to 50 times LoRA's.
+        target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
+            "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
+            model's architecture.
+        exclude_modules: modules to leave out, in the same two forms.
+        hira_dropout: the probability, in [0, 1), with which the update's input is dropped in training. For embeddings
+            it is that of dropping the update of a whole token.
+        fan_in_fan_out: whether the weights are stored as (in, out). Found out for `nn.Linear` and `Conv1D`.
+        modules_to_save: further modules to train in full and save, such as a classifier.
+        init_weights: True, or None, starts from W0 with B zero and A as `nn.Linear` starts its weight; "gaussian"
+            draws A from a normal distribution of standard deviation 1 / r instead. Embeddings have A zero and B normal
+            in both. False draws both at random, so that the adapter does something before training; it is for tests.
+        layers_to_transform: the indices of the layers to adapt, all by default.
+        layers_pattern: the name of the list of layers that the indices are into.
+        rank_pattern: ranks for modules named by the ends of their names or by regular expressions.
+
+    Raises:
+        HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1),
+            `init_weights` is unknown, or `layers_to_transform` or `layers_pattern` goes with a regular expression.
+
+    Source: HiRA (ICLR 2025); field names from PEFT.
+    """
+
+    r: int = field(default=32, metadata={"help": "The rank of BA."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The modules to adapt: a list of names, a regular expression, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
+    )
+    hira_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in [0, 1)."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether weights are stored as (in, out)."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and save, such as a classifier."}
+    )
+    init_weights: InitWeights = field(
+        default=True,
+        metadata={"help": "True or None: start from W0. 'gaussian': the same, A normal. False: random, for tests."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The indices of the layers to adapt, with a list of target modules."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The name of the list of layers that layers_to_transform is into."}
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Ranks by module name or regular expression, where not r."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.HIRA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        check_config(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Load a configuration as PEFT does, and refuse a local folder whose adapter file is broken.
+
+        Raises:
+            HiraError: the folder holds an `adapter_model.safetensors` that cannot be read.
+        """
+        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration with a bad value; takes PEFT's HiraConfig as well as ours."""
+    check_rank(config.r, "r")
+    for pattern, rank in (config.rank_pattern or {}).items():
+        check_rank(rank, f"rank_pattern[{pattern!r}]")
+    if config.rank_pattern is not None and not isinstance(config.rank_pattern, Mapping):
+        raise HiraError(f"rank_pattern must map names to ranks, not be {config.rank_pattern!r}.")
+    dropout = config.hira_dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise HiraError(f"hira_dropout must be a number in [0, 1), not {dropout!r}.")
+    check_init_weights(config.init_weights)
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise HiraError(
+                    f"`{name}` cannot be used when `target_modules` is a str: select the layers in the regular "
+                    "expression, or pass a list of names."
+                )
+
+
+def check_rank(r: Any, name: str) -> None:
+    """Refuse a rank that is not a positive integer."""
+    if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+        raise HiraError(f"`r` should be a positive integer, but {name} is {r!r}.")
+
+
+def check_init_weights(init_weights: Any) -> None:
+    """Refuse a way to start that does not exist."""
+    if not (init_weights is None or isinstance(init_weights, bool) or init_weights == "gaussian"):
+        raise HiraError(f"init_weights must be True, False, None or 'gaussian', not {init_weights!r}.")
+
+
+def check_adapter_file(path: Path) -> None:
+    """Refuse a safetensors file whose header does not fit its size; a path where there is no file is fine."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise HiraError(
+            f"{path} is not a readable safetensors file ({error}). It may be truncated: copy or download it again."
+        ) from error

@@ -1,0 +1,87 @@
+"""Which layer class serves which module: one ordered table, in which the first that answers wins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
+from hira.errors import HiraError
+from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
+
+Dispatcher = Callable[..., nn.Module | None]
+
+DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def dispatch_default(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
+    """Return a HiRA layer for a linear, embedding or convolution layer with a dense weight, None for another module.
+
+    Args:
+        target: the module, or another tuner's layer around it.
+        adapter_name: the adapter's name.
+        hira_config: its HiraConfig.
+        **kwargs: `r`, the rank, if not the config's; PEFT passes more, which is not needed.
+
+    Raises:
+        HiraError: the module's type is served, but not the way in which its weight is stored.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    layer: type[HiraLayer]
+    options: dict[str, Any] = {}
+    if isinstance(base, nn.Embedding):
+        layer = Embedding
+    elif isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer = {1: Conv1d, 2: Conv2d, 3: Conv3d}[base.weight.dim() - 2]
+    elif isinstance(base, nn.Linear | Conv1D):
+        layer = Linear
+        is_conv1d = isinstance(base, Conv1D)
+        options = {"fan_in_fan_out": is_conv1d, "is_target_conv_1d_layer": is_conv1d}
+        if hira_config.fan_in_fan_out != is_conv1d:
+            warnings.warn(
+                f"fan_in_fan_out is set to {hira_config.fan_in_fan_out} but the target module is a "
+                f"{type(base).__name__}. Setting fan_in_fan_out to {is_conv1d}.",
+                stacklevel=2,
+            )
+    else:
+        return None
+    _check_dense(base)
+    return layer(target, adapter_name, hira_config, kwargs.get("r"), **options)
+
+
+DISPATCHERS: tuple[Dispatcher, ...] = (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_default)
+
+
+def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module:
+    """Return the HiRA layer that serves a module.
+
+    Args:
+        target, adapter_name, hira_config, **kwargs: as for `dispatch_default`.
+
+    Raises:
+        HiraError: no layer serves the module.
+    """
+    for dispatcher in DISPATCHERS:
+        layer = dispatcher(target, adapter_name, hira_config=hira_config, **kwargs)
+        if layer is not None:
+            return layer
+    raise HiraError(
+        f"Target module {target} is not supported. HiRA adapts nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, "
+        "nn.Conv3d, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes."
+    )
+
+
+def _check_dense(base: nn.Module) -> None:
+    weight: Any = base.weight
+    if weight.dtype not in DENSE_DTYPES or type(weight.data) not in (torch.Tensor, nn.Parameter):
+        raise HiraError(
+            f"Target module {base} is not supported: its weight is a {type(weight.data).__name__} of {weight.dtype}. "
+            "HiRA reads dense float weights and those of bitsandbytes; adapt the model before it is quantised, or "
+            "leave this module out with exclude_modules."
+        )

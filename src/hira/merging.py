@@ -1,0 +1,152 @@
+"""Merging the adapters of one layer into its base weight, and getting the base weight back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from hira.errors import HiraError
+from hira.weights import Storage
+
+
+class _Record(NamedTuple):
+    """What a merged layer remembers: the weight before, and the parameter it wrote, to notice a later change."""
+
+    original: Any
+    written: Any
+    version: int
+
+
+class MergeableLayer(BaseTunerLayer):  # type: ignore[misc]
+    """The merging half of a HiRA layer. The other half says which adapters there are and how W' is formed."""
+
+    # the module's name in the model, for messages
+    name = ""
+
+    def _init_merging(self) -> None:
+        self.merged_adapters: list[str] = []
+        self._record: _Record | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """How the base weight is stored."""
+        raise NotImplementedError
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        raise NotImplementedError
+
+    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W', formed as the forward forms it, in the place of the base weight, and keep W0 to restore it.
+
+        Args:
+            safe_merge: check that W' is finite before anything is changed.
+            adapter_names: the adapters to merge; the active ones by default. Adapters that are merged already stay
+                merged: W' is formed anew from W0 with all of them.
+
+        Raises:
+            HiraError: with `safe_merge`, W' is not finite; nothing is changed.
+        """
+        names = self._names_to_merge(adapter_names)
+        if not names:
+            return
+        if safe_merge:
+            self.check_merge(names)
+        self._settle()
+        original = self._record.original if self._record else self.storage.snapshot()
+        self._write_merged([*self.merged_adapters, *names], original)
+        self._record = _Record(original, self.get_base_layer().weight, self.get_base_layer().weight._version)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit. A base weight that was loaded while merged is kept instead, as the new W0."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._settle()
+        if self._record is not None:
+            self.storage.restore(self._record.original)
+        self._forget_merge()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise a HiraError if merging some adapters would give a weight that is not finite; changes nothing."""
+        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        new = [name for name in names if name not in self.merged_adapters]
+        if new and not self._merges_finite([*self.merged_adapters, *new]):
+            raise HiraError(
+                f"NaNs detected in the merged weights. The adapter {','.join(new)} seems to be broken: W0 * (1 + BA) "
+                f"of {self.name or 'this layer'} would not be finite. Nothing was changed."
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged if asked for, without keeping a copy of W0; PEFT calls this to unload."""
+        names = self._names_to_merge(adapter_names) if merge else []
+        if names:
+            if safe_merge:
+                self.check_merge(names)
+            self._settle()
+            original = self._record.original if self._record else self.storage.snapshot()
+            self._write_merged([*self.merged_adapters, *names], original)
+        self._forget_merge()
+        return self.get_base_layer()
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return self._present(check_adapters_to_merge(self, adapter_names))
+
+    def _write_merged(self, names: list[str], original: Any) -> None:
+        """Write W' of some adapters over the original weight, or leave the present one if that fails."""
+        storage, present = self.storage, self.storage.snapshot()
+        try:
+            storage.restore(original)
+            with torch.no_grad():
+                storage.write(self._effective_weight(storage.read(), *self._factors(names)))
+        except BaseException:
+            storage.restore(present)
+            raise
+
+    def _merges_finite(self, names: list[str]) -> bool:
+        storage, present = self.storage, self.storage.snapshot()
+        try:
+            if self._record is not None:
+                storage.restore(self._record.original)
+            with torch.no_grad():
+                weight = self._effective_weight(storage.read(), *self._factors(names))
+            return bool(torch.isfinite(weight).all())
+        finally:
+            storage.restore(present)
+
+    def _settle(self) -> None:
+        """Find out whether the base weight was replaced while merged; if so, it is the new W0 and nothing is merged."""
+        record = self._record
+        if record is None:
+            return
+        weight = self.get_base_layer().weight
+        if weight is record.written and weight._version == record.version:
+            return
+        storage, present = self.storage, self.storage.snapshot()
+        found = storage.read()
+        self._write_merged(self.merged_adapters, record.original)
+        if not torch.equal(storage.read(), found):
+            storage.restore(present)
+            warnings.warn(
+                f"The base weight of {self.name or 'a layer'} was replaced while {self.merged_adapters} were merged; "
+                "it is kept, and the adapters count as unmerged.",
+                stacklevel=3,
+            )
+            self._forget_merge()
+
+    def _forget_merge(self) -> None:
+        self._record = None
+        self.merged_adapters.clear()

@@ -1,0 +1,318 @@
+"""HiraModel, the PEFT tuner, and its part in PEFT's mixed models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from hira.config import check_config
+from hira.dispatch import dispatch
+from hira.errors import HiraError
+from hira.layer import BASE, HiraLayer
+from hira.transaction import unchanged_on_error
+
+STOCK_PACKAGE = "peft.tuners.hira"
+
+
+class HiraModel(BaseTuner):  # type: ignore[misc]
+    """Adapts a model with HiRA, ``W' = W0 * (1 + BA)`` for the weight of every targeted module.
+
+    Usually made by `peft.get_peft_model(model, HiraConfig(...))` or `PeftModel.from_pretrained`.
+
+    Args:
+        model: the model to adapt, in place.
+        peft_config: the HiraConfig of the first adapter.
+        adapter_name: its name.
+        low_cpu_mem_usage: make the adapter on the meta device, for weights that are loaded next.
+
+    Raises:
+        HiraError: the configuration is bad, a targeted module cannot be served, or the model carries layers of PEFT's
+            own HiRA; the model is left as it was.
+
+    Source: HiRA (ICLR 2025); the interface is PEFT's `BaseTuner`.
+    """
+
+    prefix = "hira_"
+    tuner_layer_cls = HiraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to every targeted module; arguments and errors as the class's."""
+        check_config(self.peft_config[adapter_name])
+        _check_new_name(model, adapter_name)
+        with unchanged_on_error(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        hira_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        patterns = hira_config.rank_pattern or {}
+        r = patterns.get(get_pattern_key(patterns.keys(), current_key), hira_config.r)
+        if isinstance(target, HiraLayer):
+            target.update_layer(adapter_name, r, config=hira_config)
+            return
+        try:
+            layer = dispatch(target, adapter_name, hira_config, r=r)
+        except HiraError as error:
+            raise HiraError(f"{current_key}: {error}") from error
+        layer.name = current_key
+        layer.weight_is_read = layer.weight_is_read or _reads_weights(parent)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate some adapters.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: leave their parameters without gradients.
+
+        Raises:
+            HiraError: there is no adapter of that name; nothing is changed.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_known(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, keeping those to unmerge.
+
+        Args:
+            adapter_names: the adapters; the active ones by default.
+            safe_merge: check that every merged weight is finite before any is changed.
+
+        Raises:
+            HiraError: an adapter is unknown, a merged weight would not be finite (with `safe_merge`), or a weight
+                cannot be replaced; the model is left as it was.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        with unchanged_on_error(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights need no warning: a merge gives the layer a weight of its own, see `weights.Storage`."""
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._check_known(adapter_names or [])
+        for layer in _hira_layers(self.model):
+            layer.storage.snapshot()
+            if safe_merge:
+                layer.check_merge(adapter_names)
+
+    def _check_known(self, names: list[str]) -> None:
+        known = set(self.peft_config).union(*(layer._get_available_adapters() for layer in _hira_layers(self.model)))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise HiraError(f"There is no adapter {', '.join(map(repr, unknown))}; there are {sorted(known)}.")
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, which PEFT keeps from the model's own forward, to every HiRA layer."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise HiraError("adapter_names is for inference, but the model is in training mode; call eval() first.")
+        self._check_known([name for name in adapter_names if name != BASE])
+        beams = kwargs.get("num_beams") or 1
+        encoder = _encoder(self.model)
+        encoder_modules = set() if encoder is None else set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, HiraLayer | AuxiliaryTrainingWrapper):
+                # generate() repeats each sample for each beam, but in an encoder
+                repeat = 1 if module in encoder_modules else beams
+                names = [name for name in adapter_names for _ in range(repeat)]
+                hook = partial(_pass_adapter_names, names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Checkpoints
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        _fit_to_checkpoint(model, config, adapter_name, remapped)
+        return remapped
+
+
+class HiraMixedModel(MixedModel):  # type: ignore[misc]
+    """PEFT's mixed model, that serves HiRA adapters beside its own kinds.
+
+    What a mixed model computes is W0 with all its HiRA adapters, plus the additive updates. So HiRA merges first,
+    into W0 itself, and the other adapters add to that.
+    """
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if _is_hira(config):
+            HiraModel._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if _is_hira(self.peft_config[adapter_name]):
+            check_config(self.peft_config[adapter_name])
+            _check_new_name(model, adapter_name)
+        with unchanged_on_error(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        with unchanged_on_error(self.model):
+            for layer in _hira_layers(self.model):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            for layer in _other_tuner_layers(self.model):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        for layer in [*_other_tuner_layers(self.model), *_hira_layers(self.model)]:
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            for layer in _hira_layers(self.model):
+                layer.check_merge(adapter_names)
+        for parent in list(self.model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, HiraLayer):
+                    child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                    setattr(parent, name, child.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return model
+
+
+def _hira_layers(model: nn.Module) -> list[HiraLayer]:
+    return [module for module in model.modules() if isinstance(module, HiraLayer)]
+
+
+def _other_tuner_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HiraLayer)]
+
+
+def _is_hira(config: Any) -> bool:
+    return bool(config.peft_type == "HIRA")
+
+
+def _check_new_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter whose name a HiRA layer has already, and a model with layers of PEFT's own HiRA."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and type(module).__module__.startswith(STOCK_PACKAGE):
+            raise HiraError(
+                f"{name} is a layer of PEFT's own HiRA, made before hira was imported. Import hira first and make the "
+                "adapter again (save it, unload() the model, import hira and load it), or call hira.unregister() to "
+                "go on with PEFT's."
+            )
+        if isinstance(module, HiraLayer) and adapter_name in module._get_available_adapters():
+            raise HiraError(f"There is an adapter {adapter_name!r} already, on {name}; choose another name.")
+
+
+def _reads_weights(parent: nn.Module) -> bool:
+    """Whether a module multiplies by its children's weights itself: attention of torch, and state-space mixers."""
+    return isinstance(parent, nn.MultiheadAttention) or hasattr(parent, "A_log")
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    get_encoder: Callable[[], nn.Module] | None = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder is not None else None
+    return None if encoder is model else encoder
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
+
+    PEFT up to 0.21 ignores `rank_pattern` for a model's first adapter, so a file may hold tensors of rank r where the
+    pattern has another: there the file's rank wins.
+    """
+    problems: list[str] = []
+    expected: set[str] = set()
+    resized: list[HiraLayer] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
+            continue
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        keys = [f"{name}.{factor}.{adapter_name}" for factor in layer.factor_names]
+        expected.update(keys)
+        missing = [key for key in keys if key not in state_dict]
+        problems += [f"{key} is missing" for key in missing]
+        if missing:
+            continue
+        found = tuple(tuple(state_dict[key].shape) for key in keys)
+        shapes = layer._factor_shapes(layer.r[adapter_name])
+        if found != shapes and config.rank_pattern and found == layer._factor_shapes(config.r):
+            resized.append(layer)
+        elif found != shapes:
+            problems += [f"{k} is of shape {f}, not {s}" for k, f, s in zip(keys, found, shapes, strict=True) if f != s]
+    factors = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
+    problems += [
+        f"{key} belongs to no adapted module"
+        for key in state_dict
+        if key not in expected and (key.removesuffix(f".{adapter_name}").endswith(factors))
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise HiraError(
+            f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems[:5])}{more}. Nothing was "
+            "loaded. Check that it was trained on this model, with this configuration."
+        )
+    for layer in resized:
+        layer.resize_adapter(adapter_name, config.r)

@@ -1,0 +1,139 @@
+"""Convolution with W' as one convolution forward and two backward, in one, two or three spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hira.ops.modulate import factors, form, formation_dtype, modulation, no_autocast, product_dtype, pull_back
+
+
+class Geometry(NamedTuple):
+    """Stride, zero padding and dilation for each spatial dimension, and the number of channel groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def conv(
+    x: Tensor,
+    W0: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    update_only: bool = False,
+) -> Tensor:
+    """Convolve x with an adapted weight as one convolution.
+
+    Equation: ``y = conv(x, W0 * (1 + BA)) + bias``, or ``conv(x, W0 * BA)`` with ``update_only``, where
+    ``(BA)[o, i, ...] = sum_k B[o, k] A[k, i, ...]``. With G the gradient of the weight of the plain convolution,
+    ``dB = (G * W0) A^T`` and ``dA = B^T (G * W0)`` over flattened kernels.
+
+    Args:
+        x: (batch, in, *spatial) or (in, *spatial).
+        W0: (out, in / groups, *kernel).
+        A: (r, in / groups, *kernel). For several adapters, their A's stacked.
+        B: (out, r, 1, ...). For several adapters, their B's side by side.
+        bias: (out,) or None.
+        stride, padding, dilation: one integer for each spatial dimension; padding is with zeros.
+        groups: the number of channel groups.
+        update_only: leave out the 1, for a caller that adds the base layer's own output.
+
+    Returns:
+        (batch, out, *spatial') or (out, *spatial'), in the dtype that the plain convolution gives, autocast included.
+
+    Cost: one convolution forward and two backward. Kept for backward: x, W0, A and B. Temporaries: W' forward and G
+    backward, whole, each freed before the function returns; a convolution is not split over its output channels,
+    because each part would lay the input out anew.
+
+    Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
+    """
+    dtype = product_dtype(x, W0.dtype)
+    if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    unbatched = x.dim() == W0.dim() - 1
+    y: Tensor = _Conv.apply(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only)
+    return y.squeeze(0) if unbatched else y
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        W0: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        update_only: bool,
+    ) -> Tensor:
+        weight = form_kernel(W0, A, B, x.dtype, update_only)
+        with no_autocast(x.device):
+            return torch.convolution(
+                x,
+                weight,
+                bias,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                False,
+                (0,) * len(geometry.stride),
+                geometry.groups,
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, W0, A, B, bias, ctx.geometry, ctx.update_only = inputs
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.save_for_backward(x, W0, A, B)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W0, A, B = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
+        need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only)
+        dW0 = dA = dB = None
+        with no_autocast(dy.device):
+            dx, G, dbias = torch.ops.aten.convolution_backward(
+                dy,
+                x,
+                weight,
+                ctx.bias_sizes,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                False,
+                (0,) * len(geometry.stride),
+                geometry.groups,
+                (need_x, need_W0 or need_A or need_B, need_bias),
+            )
+            dtype = formation_dtype(W0.dtype)
+            W0_, A_, B_ = W0.flatten(1), A.flatten(1).to(dtype), B.flatten(1).to(dtype)
+            if need_W0:
+                f = factors(A_, B_, dtype, update_only=ctx.update_only)
+                dW0 = modulation(W0_, f).mul_(G.flatten(1)).to(W0.dtype).view_as(W0)
+            if need_A or need_B:
+                dA = torch.zeros_like(A_)
+                dB = pull_back(G.flatten(1), W0_, A_, B_, dA).to(B.dtype).view(B.shape)
+                dA = dA.to(A.dtype).view(A.shape)
+        return dx, dW0, dA, dB, dbias, None, None
+
+
+def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False) -> Tensor:
+    """Form W' of W0 (out, in / groups, *kernel) over flattened kernels, rounded once to ``dtype``."""
+    return form(W0.flatten(1), A.flatten(1), B.flatten(1), dtype, update_only=update_only).view(W0.shape)

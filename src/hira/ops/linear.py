@@ -1,0 +1,179 @@
+"""y = x W'^T with one dense product forward and two backward, and nothing the size of W0 kept in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hira.ops.modulate import (
+    block,
+    blocks,
+    factors,
+    formation_dtype,
+    is_transposed,
+    modulation,
+    no_autocast,
+    product_dtype,
+    pull_back,
+)
+
+Dequantize = Callable[[Tensor], Tensor]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    update_only: bool = False,
+    dequantize: Dequantize | None = None,
+) -> Tensor:
+    """Apply an adapted weight to x as one dense product.
+
+    Equation: ``y = x (W0 * (1 + BA))^T + bias``, or ``x (W0 * BA)^T`` with ``update_only``. With ``G = dy^T x`` the
+    gradients are ``dx = dy W'``, ``dB = (G * W0) A^T`` and ``dA = B^T (G * W0)``.
+
+    Args:
+        x: (..., in), any strides.
+        weight: W0 (out, in), any strides; or whatever `dequantize` turns into W0.
+        A: (r, in), any floating dtype. For several adapters, their A's stacked.
+        B: (out, r). For several adapters, their B's side by side.
+        bias: (out,) or None.
+        update_only: leave out the 1, for a caller that adds the base layer's own output.
+        dequantize: maps `weight` to W0. Called in forward and again in backward, so that no dense copy is kept; the
+            product then runs in x's dtype.
+
+    Returns:
+        (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
+
+    Cost: for T tokens and an m by n weight, 2 T m n + 2 (r + 1) m n operations forward and at most
+    4 T m n + 6 (r + 1) m n backward. Kept for backward: x, `weight`, A and B. Temporaries: one block of W' or of G.
+
+    Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
+    """
+    dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
+    if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    bias = bias if bias is None else bias.to(dtype)
+    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        update_only: bool,
+        dequantize: Dequantize | None,
+    ) -> Tensor:
+        W0 = weight if dequantize is None else dequantize(weight)
+        function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
+        y: Tensor = function(x, W0, A, B, bias, update_only)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, A, B, bias, ctx.update_only, ctx.dequantize = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        weight_gradients = any(ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(x if weight_gradients else None, weight, A, B)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        W0 = weight if ctx.dequantize is None else ctx.dequantize(weight)
+        compiling = torch.compiler.is_compiling()
+        dx = dW0 = dA = dB = None
+        if need_x:
+            function = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
+            dx = function(dy, W0, A, B, ctx.update_only)
+        if need_A or need_B:
+            function = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
+            dA, dB = function(dy, x, W0, A, B)
+        if need_W0:
+            dW0 = linear_weight_gradient(dy, x, W0, A, B, ctx.update_only)
+        dbias = dy.sum(0) if need_bias else None
+        return dx, dW0, dA, dB, dbias, None, None
+
+
+def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
+    """x (T, in) -> y (T, out), a block of W's rows at a time."""
+    y = x.new_empty(x.shape[0], W0.shape[0])
+    with no_autocast(x.device):
+        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        for rows in blocks(*W0.shape, W0.device):
+            Wt = block(W0, f, rows).to(x.dtype).t()
+            if bias is None:
+                torch.mm(x, Wt, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, Wt, out=y[:, rows])
+    return y
+
+
+def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_only: bool) -> Tensor:
+    """dy (T, out) -> dx (T, in), a block of W's columns at a time: no sum over blocks, so each entry rounds once."""
+    dx = dy.new_empty(dy.shape[0], W0.shape[1])
+    with no_autocast(dy.device):
+        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        for columns in blocks(W0.shape[1], W0.shape[0], W0.device):
+            torch.mm(dy, block(W0, f, columns=columns).to(dy.dtype), out=dx[:, columns])
+    return dx
+
+
+def linear_factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (T, out), x (T, in) -> dA (r, in), dB (out, r), a block of G's rows at a time."""
+    dtype = formation_dtype(W0.dtype)
+    with no_autocast(dy.device):
+        A_, B_ = A.to(dtype), B.to(dtype)
+        dA, dB = torch.zeros_like(A_), torch.empty_like(B_)
+        for rows in blocks(*W0.shape, W0.device):
+            dB[rows] = pull_back(_weight_gradient(dy[:, rows], x, W0), W0[rows], A_, B_[rows], dA)
+    return dA.to(A.dtype), dB.to(B.dtype)
+
+
+def linear_weight_gradient(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_only: bool) -> Tensor:
+    """The gradient of W0 itself, for a base layer that trains too: ``G * (1 + BA)``."""
+    with no_autocast(dy.device):
+        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        return modulation(W0, f).mul_(_weight_gradient(dy, x, W0)).to(W0.dtype)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """G = dy^T x, laid out in memory as ``like`` is."""
+    return torch.mm(x.t(), dy).t() if is_transposed(like) else torch.mm(dy.t(), x)
+
+
+# Under torch.compile the three products are opaque operators: compiled and eager code then form W' by the very same
+# blocks, and none of them is unrolled into the graph.
+def _opaque(function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> None:
+    torch.library.custom_op(f"hira::{function.__name__}", function, mutates_args=(), schema=schema).register_fake(fake)
+
+
+_opaque(
+    linear_forward,
+    "(Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? bias, bool update_only) -> Tensor",
+    lambda x, W0, A, B, bias, update_only: x.new_empty(x.shape[0], W0.shape[0]),
+)
+_opaque(
+    linear_input_gradient,
+    "(Tensor dy, Tensor W0, Tensor A, Tensor B, bool update_only) -> Tensor",
+    lambda dy, W0, A, B, update_only: dy.new_empty(dy.shape[0], W0.shape[1]),
+)
+_opaque(
+    linear_factor_gradients,
+    "(Tensor dy, Tensor x, Tensor W0, Tensor A, Tensor B) -> (Tensor, Tensor)",
+    lambda dy, x, W0, A, B: (A.new_empty(A.shape), B.new_empty(B.shape)),
+)

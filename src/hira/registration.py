@@ -1,0 +1,138 @@
+"""Puts HiRA's classes in the place of PEFT's own, and back. The only file that touches PEFT's registries and modules."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from types import ModuleType
+from typing import Any, Union
+
+import peft
+import peft.mapping
+import peft.mixed_model
+import peft.tuners
+import peft.tuners.hira
+import peft.tuners.mixed
+import peft.tuners.mixed.model
+from peft.utils import PeftType
+from torch import nn
+
+import hira.bnb
+import hira.config
+import hira.dispatch
+import hira.layer
+import hira.model
+from hira.config import HiraConfig
+from hira.layer import HiraLayer
+from hira.model import HiraMixedModel, HiraModel
+from hira.transaction import unchanged_on_error
+
+_MISSING = object()
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Make PEFT use this package's HiRA: its type HIRA, its names, its mixed models, its loading. Safe to repeat."""
+    if _undo:
+        return
+    try:
+        for target, name, value in _replacements():
+            _replace(target, name, value)
+    except BaseException:
+        unregister()
+        raise
+
+
+def unregister() -> None:
+    """Give PEFT its own HiRA back. Models that were made with this package's layers keep them. Safe to repeat."""
+    while _undo:
+        _undo.pop()()
+
+
+def is_registered() -> bool:
+    """Whether PEFT uses this package's HiRA now."""
+    return bool(_undo)
+
+
+def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
+    yield peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.HIRA, HiraConfig
+    yield peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, PeftType.HIRA, HiraModel
+    yield peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType.HIRA, HiraModel
+    yield peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PeftType.HIRA, HiraModel.prefix
+
+    stock_config = peft.tuners.hira.HiraConfig
+    for module in (peft, peft.tuners):
+        yield module, "HiraConfig", HiraConfig
+        yield module, "HiraModel", HiraModel
+
+    package = _alias("peft.tuners.hira", hira)
+    package.__path__ = []
+    yield sys.modules, "peft.tuners.hira", package
+    yield peft.tuners, "hira", package
+    for source in (hira.config, hira.layer, hira.model, hira.bnb, hira.dispatch):
+        name = f"peft.tuners.{source.__name__}"
+        module = _alias(name, source)
+        setattr(package, source.__name__.rpartition(".")[2], module)
+        yield sys.modules, name, module
+
+    mixed = peft.tuners.mixed.model
+    compatible = (*mixed.COMPATIBLE_TUNER_TYPES, PeftType.HIRA)
+    yield mixed, "COMPATIBLE_TUNER_TYPES", compatible
+    yield peft.tuners.mixed, "COMPATIBLE_TUNER_TYPES", compatible
+    yield mixed, "PREFIXES", [*mixed.PREFIXES, HiraModel.prefix]
+    yield mixed, "Configs", Union[(*mixed.Configs.__args__, HiraConfig, stock_config)]  # noqa: UP007
+    yield mixed, "Layers", (*mixed.Layers, HiraLayer)
+    for module in (mixed, peft.tuners.mixed, peft.tuners, peft.mixed_model):
+        yield module, "MixedModel", HiraMixedModel
+
+    yield peft.PeftModel, "load_adapter", _all_or_nothing(peft.PeftModel.__dict__["load_adapter"])
+    yield peft.PeftModel, "from_pretrained", _all_or_nothing_class(peft.PeftModel.__dict__["from_pretrained"])
+
+
+def _replace(target: Any, name: Any, value: Any) -> None:
+    """Set an attribute, or the entry of a mapping, and remember how to undo it."""
+    if isinstance(target, MutableMapping):
+        old = target.get(name, _MISSING)
+        target[name] = value
+        restore, remove = target.__setitem__, target.__delitem__
+    else:
+        old = vars(target).get(name, _MISSING)
+        setattr(target, name, value)
+        restore, remove = functools.partial(setattr, target), functools.partial(delattr, target)
+    _undo.append(functools.partial(remove, name) if old is _MISSING else functools.partial(restore, name, old))
+
+
+def _alias(name: str, source: ModuleType) -> ModuleType:
+    """A module of another name whose attributes are those of ``source``."""
+    module = ModuleType(name, source.__doc__)
+    module.__getattr__ = functools.partial(getattr, source)  # type: ignore[method-assign]
+    module.__dir__ = functools.partial(dir, source)  # type: ignore[method-assign]
+    return module
+
+
+def _has_hira(model: nn.Module) -> bool:
+    return any(isinstance(module, HiraLayer) for module in model.modules())
+
+
+def _all_or_nothing(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.load_adapter`, that takes a HiRA adapter it could not load out of the model again."""
+
+    @functools.wraps(load_adapter)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with unchanged_on_error(self, only_if=_has_hira):
+            return load_adapter(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _all_or_nothing_class(from_pretrained: Any) -> Any:
+    """`PeftModel.from_pretrained`, that takes a HiRA adapter it could not load out of the base model again."""
+    function = from_pretrained.__func__
+
+    @functools.wraps(function)
+    def wrapper(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with unchanged_on_error(model, only_if=_has_hira):
+            return function(cls, model, *args, **kwargs)
+
+    return classmethod(wrapper)
