@@ -120,7 +120,7 @@ class Linear4bit(Linear):
         return Packed4bit(self.get_base_layer())
 
     def _is_plain(self) -> bool:
-        self.plain_forwards = (bnb.nn.Linear4bit.forward,)  # type: ignore[misc]
+        self.plain_forwards = (bnb.nn.Linear4bit.forward,)
         return super()._is_plain()
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ class _Record(NamedTuple):
     version: int
 
 
-class MergeableLayer(BaseTunerLayer):  # type: ignore[misc]
+class MergeableLayer(BaseTunerLayer):
     """The merging half of a HiRA layer. The other half says which adapters there are and how W' is formed."""
 
     # the module's name in the model, for messages
-    name = ""
+    name: str = ""
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
@@ -100,7 +100,8 @@ class MergeableLayer(BaseTunerLayer):  # type: ignore[misc]
             original = self._record.original if self._record else self.storage.snapshot()
             self._write_merged([*self.merged_adapters, *names], original)
         self._forget_merge()
-        return self.get_base_layer()
+        base: nn.Module = self.get_base_layer()
+        return base
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         return self._present(check_adapters_to_merge(self, adapter_names))

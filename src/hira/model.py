@@ -1,4 +1,4 @@
-"""HiraModel, the PEFT tuner, and its part in PEFT's mixed models."""
+"""HiraModel, the PEFT tuner."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
@@ -18,13 +16,14 @@ from torch import Tensor, nn
 from hira.config import check_config
 from hira.dispatch import dispatch
 from hira.errors import HiraError
-from hira.layer import BASE, HiraLayer
+from hira.layer import HiraLayer
 from hira.transaction import unchanged_on_error
+from hira.tuner_layer import BASE
 
 STOCK_PACKAGE = "peft.tuners.hira"
 
 
-class HiraModel(BaseTuner):  # type: ignore[misc]
+class HiraModel(BaseTuner):
     """Adapts a model with HiRA, ``W' = W0 * (1 + BA)`` for the weight of every targeted module.
 
     Usually made by `peft.get_peft_model(model, HiraConfig(...))` or `PeftModel.from_pretrained`.
@@ -49,7 +48,7 @@ class HiraModel(BaseTuner):  # type: ignore[misc]
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted module; arguments and errors as the class's."""
         check_config(self.peft_config[adapter_name])
-        _check_new_name(model, adapter_name)
+        check_new_name(model, adapter_name)
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -71,7 +70,7 @@ class HiraModel(BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, r, config=hira_config)
             return
         try:
-            layer = dispatch(target, adapter_name, hira_config, r=r)
+            layer: Any = dispatch(target, adapter_name, hira_config, r=r)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
         layer.name = current_key
@@ -130,13 +129,13 @@ class HiraModel(BaseTuner):  # type: ignore[misc]
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
-        for layer in _hira_layers(self.model):
+        for layer in hira_layers(self.model):
             layer.storage.snapshot()
             if safe_merge:
                 layer.check_merge(adapter_names)
 
     def _check_known(self, names: list[str]) -> None:
-        known = set(self.peft_config).union(*(layer._get_available_adapters() for layer in _hira_layers(self.model)))
+        known = set(self.peft_config).union(*(layer._get_available_adapters() for layer in hira_layers(self.model)))
         unknown = [name for name in names if name not in known]
         if unknown:
             raise HiraError(f"There is no adapter {', '.join(map(repr, unknown))}; there are {sorted(known)}.")
@@ -183,71 +182,12 @@ class HiraModel(BaseTuner):  # type: ignore[misc]
         return remapped
 
 
-class HiraMixedModel(MixedModel):  # type: ignore[misc]
-    """PEFT's mixed model, that serves HiRA adapters beside its own kinds.
-
-    What a mixed model computes is W0 with all its HiRA adapters, plus the additive updates. So HiRA merges first,
-    into W0 itself, and the other adapters add to that.
-    """
-
-    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        if _is_hira(config):
-            HiraModel._create_and_replace(self, config, *args, **kwargs)
-        else:
-            super()._create_and_replace(config, *args, **kwargs)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if _is_hira(self.peft_config[adapter_name]):
-            check_config(self.peft_config[adapter_name])
-            _check_new_name(model, adapter_name)
-        with unchanged_on_error(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        with unchanged_on_error(self.model):
-            for layer in _hira_layers(self.model):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            for layer in _other_tuner_layers(self.model):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        for layer in [*_other_tuner_layers(self.model), *_hira_layers(self.model)]:
-            layer.unmerge()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and safe_merge:
-            for layer in _hira_layers(self.model):
-                layer.check_merge(adapter_names)
-        for parent in list(self.model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, HiraLayer):
-                    child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                    setattr(parent, name, child.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        return model
-
-
-def _hira_layers(model: nn.Module) -> list[HiraLayer]:
+def hira_layers(model: nn.Module) -> list[HiraLayer]:
+    """The HiRA layers of a model."""
     return [module for module in model.modules() if isinstance(module, HiraLayer)]
 
 
-def _other_tuner_layers(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HiraLayer)]
-
-
-def _is_hira(config: Any) -> bool:
-    return bool(config.peft_type == "HIRA")
-
-
-def _check_new_name(model: nn.Module, adapter_name: str) -> None:
+def check_new_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter whose name a HiRA layer has already, and a model with layers of PEFT's own HiRA."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and type(module).__module__.startswith(STOCK_PACKAGE):

@@ -1,4 +1,4 @@
-"""Puts HiRA's classes in the place of PEFT's own, and back. The only file that touches PEFT's registries and modules."""
+"""Puts HiRA's classes in the place of PEFT's own, and back; only this file touches PEFT's registries and modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ import hira.layer
 import hira.model
 from hira.config import HiraConfig
 from hira.layer import HiraLayer
-from hira.model import HiraMixedModel, HiraModel
+from hira.mixed import HiraMixedModel
+from hira.model import HiraModel
 from hira.transaction import unchanged_on_error
 
 _MISSING = object()
@@ -81,7 +82,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     yield mixed, "COMPATIBLE_TUNER_TYPES", compatible
     yield peft.tuners.mixed, "COMPATIBLE_TUNER_TYPES", compatible
     yield mixed, "PREFIXES", [*mixed.PREFIXES, HiraModel.prefix]
-    yield mixed, "Configs", Union[(*mixed.Configs.__args__, HiraConfig, stock_config)]  # noqa: UP007
+    yield mixed, "Configs", Union[(*mixed.Configs.__args__, HiraConfig, stock_config)]
     yield mixed, "Layers", (*mixed.Layers, HiraLayer)
     for module in (mixed, peft.tuners.mixed, peft.tuners, peft.mixed_model):
         yield module, "MixedModel", HiraMixedModel

@@ -26,7 +26,7 @@ class Storage:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+        self.layer: Any = layer
 
     @property
     def dequantize(self) -> Dequantize | None:

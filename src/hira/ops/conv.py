@@ -101,7 +101,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x, W0, A, B)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry

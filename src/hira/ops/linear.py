@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from hira.ops.modulate import (
     block,
-    blocks,
+    column_blocks,
     factors,
     formation_dtype,
     is_transposed,
@@ -19,6 +19,7 @@ from hira.ops.modulate import (
     no_autocast,
     product_dtype,
     pull_back,
+    row_blocks,
 )
 
 Dequantize = Callable[[Tensor], Tensor]
@@ -84,13 +85,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, bias, ctx.update_only, ctx.dequantize = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        x, weight, A, B, _, ctx.update_only, ctx.dequantize = inputs
         weight_gradients = any(ctx.needs_input_grad[1:4])
         ctx.save_for_backward(x if weight_gradients else None, weight, A, B)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
@@ -98,11 +98,11 @@ class _Linear(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         dx = dW0 = dA = dB = None
         if need_x:
-            function = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
-            dx = function(dy, W0, A, B, ctx.update_only)
+            input_gradient = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
+            dx = input_gradient(dy, W0, A, B, ctx.update_only)
         if need_A or need_B:
-            function = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
-            dA, dB = function(dy, x, W0, A, B)
+            factor_gradients = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
+            dA, dB = factor_gradients(dy, x, W0, A, B)
         if need_W0:
             dW0 = linear_weight_gradient(dy, x, W0, A, B, ctx.update_only)
         dbias = dy.sum(0) if need_bias else None
@@ -114,7 +114,7 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     y = x.new_empty(x.shape[0], W0.shape[0])
     with no_autocast(x.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
-        for rows in blocks(*W0.shape, W0.device):
+        for rows in row_blocks(W0):
             Wt = block(W0, f, rows).to(x.dtype).t()
             if bias is None:
                 torch.mm(x, Wt, out=y[:, rows])
@@ -128,7 +128,7 @@ def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_o
     dx = dy.new_empty(dy.shape[0], W0.shape[1])
     with no_autocast(dy.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
-        for columns in blocks(W0.shape[1], W0.shape[0], W0.device):
+        for columns in column_blocks(W0):
             torch.mm(dy, block(W0, f, columns=columns).to(dy.dtype), out=dx[:, columns])
     return dx
 
@@ -139,7 +139,7 @@ def linear_factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Ten
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)
         dA, dB = torch.zeros_like(A_), torch.empty_like(B_)
-        for rows in blocks(*W0.shape, W0.device):
+        for rows in row_blocks(W0):
             dB[rows] = pull_back(_weight_gradient(dy[:, rows], x, W0), W0[rows], A_, B_[rows], dA)
     return dA.to(A.dtype), dB.to(B.dtype)
 

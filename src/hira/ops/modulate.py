@@ -53,15 +53,21 @@ def factors(A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = Fal
     return Factors(torch.cat([A, A.new_ones(1, A.shape[1])]), torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1))
 
 
-def blocks(size: int, other: int, device: torch.device) -> Iterator[slice]:
-    """Split a dimension so that a block, times the other dimension, has a bounded number of entries.
+def row_blocks(W0: Tensor) -> Iterator[slice]:
+    """Split the rows of W0 (out, in) so that a block of them has a bounded number of entries.
 
     The split depends on the weight's shape and device alone, never on the input, so that W' is formed by the same
     products wherever it is formed.
     """
-    entries = CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-    step = max(1, min(size, entries // max(other, 1)))
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+    entries = CPU_BLOCK_ENTRIES if W0.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+    rows, columns = W0.shape
+    step = max(1, min(rows, entries // max(columns, 1)))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def column_blocks(W0: Tensor) -> Iterator[slice]:
+    """Split the columns of W0 (out, in) likewise."""
+    return row_blocks(W0.t())
 
 
 def is_transposed(W0: Tensor) -> bool:
@@ -105,7 +111,7 @@ def form(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: b
     with torch.no_grad(), no_autocast(W0.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
         out = torch.empty_like(W0, dtype=dtype)
-        for rows in blocks(*W0.shape, W0.device):
+        for rows in row_blocks(W0):
             out[rows] = block(W0, f, rows)
     return out
 
@@ -130,7 +136,7 @@ class _ModulatedWeight(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         W0, A, B = ctx.saved_tensors
         with no_autocast(W0.device):

@@ -1,0 +1,74 @@
+"""HiRA in PEFT's mixed models, beside adapters of other kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hira.config import check_config
+from hira.layer import HiraLayer
+from hira.model import HiraModel, check_new_name, hira_layers
+from hira.transaction import unchanged_on_error
+
+
+class HiraMixedModel(MixedModel):
+    """PEFT's mixed model, that serves HiRA adapters beside its own kinds.
+
+    What a mixed model computes is W0 with all its HiRA adapters, plus the additive updates. So HiRA merges first,
+    into W0 itself, and the other adapters add to that.
+    """
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if _is_hira(config):
+            HiraModel._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if _is_hira(self.peft_config[adapter_name]):
+            check_config(self.peft_config[adapter_name])
+            check_new_name(model, adapter_name)
+        with unchanged_on_error(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        with unchanged_on_error(self.model):
+            for layer in hira_layers(self.model):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            for layer in _other_tuner_layers(self.model):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        for layer in [*_other_tuner_layers(self.model), *hira_layers(self.model)]:
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            for layer in hira_layers(self.model):
+                layer.check_merge(adapter_names)
+        for parent in list(self.model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, HiraLayer):
+                    child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                    setattr(parent, name, child.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return model
+
+
+def _other_tuner_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HiraLayer)]
+
+
+def _is_hira(config: Any) -> bool:
+    return bool(config.peft_type == "HIRA")

@@ -1,0 +1,281 @@
+"""HiraLayer, what the HiRA layers of all kinds have in common: adapters, and the forward that applies them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hira import ops
+from hira.config import InitWeights, check_init_weights, check_rank
+from hira.errors import HiraError
+from hira.merging import MergeableLayer
+from hira.ops import modulate
+from hira.weights import Storage
+
+BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
+
+
+class HiraLayer(nn.Module, MergeableLayer):
+    """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
+
+    Active adapters add up, ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)``, which is one adapter of the summed rank, so they
+    cost one product. The base layer's own forward runs instead of it, and the update is added to its output, where that
+    forward is not the plain one of its type: another tuner inside, a subclass with its own forward, hooks on the layer.
+    So it does under dropout, where the base sees x and the update dropout(x).
+
+    Args:
+        base_layer: the layer to adapt, possibly another tuner's.
+        ephemeral_gpu_offload: accepted for PEFT, without effect.
+
+    Attributes of the base layer that a model reads, such as a convolution's stride, are found on this layer too.
+
+    Source: HiRA (ICLR 2025), equation 5; parameter names from PEFT.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout")
+    factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
+    # forwards that compute the plain function of the weight, for which one product with W' stands in
+    plain_forwards: tuple[Callable[..., Any], ...] = ()
+    # whether the model multiplies by `layer.weight` itself instead of calling the layer; then `weight` is W'
+    weight_is_read: bool = False
+
+    def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.hira_dropout = nn.ModuleDict()
+        self.hira_A = nn.ParameterDict()
+        self.hira_B = nn.ParameterDict()
+        self.hira_embedding_A = nn.ParameterDict()
+        self.hira_embedding_B = nn.ParameterDict()
+        self._disable_adapters = False
+        self._init_merging()
+        self.ephemeral_gpu_offload = ephemeral_gpu_offload
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        self.in_features, self.out_features = self._features(self.get_base_layer())
+
+    # What a kind of layer defines
+
+    @staticmethod
+    def _features(base: Any) -> tuple[int, int]:
+        raise NotImplementedError
+
+    @property
+    def storage(self) -> Storage:
+        """How the base weight is stored."""
+        return Storage(self.get_base_layer())
+
+    def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, self.in_features), (self.out_features, r)
+
+    def _init_factors(self, A: Tensor, B: Tensor, r: int, init_weights: InitWeights) -> None:
+        if init_weights == "gaussian":
+            nn.init.normal_(A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The layer's output with W' in the place of W0."""
+        raise NotImplementedError
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
+        """What the adapter adds to the base layer's output."""
+        raise NotImplementedError
+
+    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W' as the storage reads W0, tracked by autograd."""
+        return ops.modulated_weight(W0, A, B)
+
+    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """BA in the orientation in which the base layer stores its weight."""
+        return B @ A
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, r: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            r: its rank.
+            config: the HiraConfig with its dropout and its start.
+
+        Raises:
+            HiraError: the rank is not a positive integer or the start is unknown; the layer is left as it was.
+        """
+        check_rank(r, "r")
+        check_init_weights(config.init_weights)
+        A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
+        if config.init_weights is not False:
+            self._init_factors(A, B, r, config.init_weights)
+        dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout > 0 else nn.Identity()
+        self.hira_dropout.update({adapter_name: dropout})
+        self.r[adapter_name] = r
+        self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
+        """Start an adapter anew, in place, as `init_weights` says (False leaves it as it is)."""
+        check_init_weights(init_weights)
+        if init_weights is not False and adapter_name in self._factor_dicts[0]:
+            A, B = (factors[adapter_name] for factors in self._factor_dicts)
+            with torch.no_grad():
+                self._init_factors(A, B, self.r[adapter_name], init_weights)
+
+    def resize_adapter(self, adapter_name: str, r: int) -> None:
+        """Give an adapter another rank; its values are lost."""
+        for factors, shape in zip(self._factor_dicts, self._factor_shapes(r), strict=True):
+            old = factors[adapter_name]
+            factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
+        self.r[adapter_name] = r
+
+    @property
+    def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+        A, B = self.factor_names
+        return getattr(self, A), getattr(self, B)
+
+    def _set_factors(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
+        for factors, value in zip(self._factor_dicts, (A, B), strict=True):
+            factors[adapter_name] = value
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self._factor_dicts[0]]
+
+    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """A and B of some adapters, joined to one adapter of the summed rank."""
+        As, Bs = ([factors[name] for name in names] for factors in self._factor_dicts)
+        if len(names) == 1:
+            return As[0], Bs[0]
+        dtype = torch.promote_types(As[0].dtype, As[-1].dtype)
+        return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return BA, the modulation less one, of an adapter.
+
+        Args:
+            adapter: its name.
+
+        Returns:
+            BA in the shape of the base layer's weight as it is stored and the dtype of B; formed in float32 if that is
+            a half precision. The additive update W0 * BA is `get_additive_delta`.
+        """
+        A, B = self._factors([adapter])
+        dtype = modulate.formation_dtype(B.dtype)
+        return self._delta(A.to(dtype), B.to(dtype)).to(B.dtype)
+
+    def get_additive_delta(self, adapter: str) -> Tensor:
+        """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
+        A, B = self._factors([adapter])
+        W0 = self._stored_orientation(self.storage.read().detach())
+        dtype = modulate.formation_dtype(W0.dtype)
+        return (self._delta(A.to(dtype), B.to(dtype)) * W0).to(W0.dtype)
+
+    def _stored_orientation(self, W0: Tensor) -> Tensor:
+        return W0
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; W' where the model reads the weight instead of calling the layer."""
+        names = self._present(self.active_adapters)
+        if self.weight_is_read and names and not self.disable_adapters and not self.merged:
+            return self._stored_orientation(self._effective_weight(self.storage.read(), *self._factors(names)))
+        weight: Tensor = super().weight
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self._modules:
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT's generic conversion takes `get_delta_weight` for an additive update, which BA is not."""
+        return False
+
+    def __repr__(self) -> str:
+        return "hira." + super().__repr__()
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the layer's output under the active adapters.
+
+        Args:
+            x: the base layer's input.
+            adapter_names: for inference, one adapter name for each row of x's first dimension, "__base__" for none;
+                each adapter in it costs one product over its rows.
+
+        Returns:
+            The base layer's output with W' for W0.
+
+        Raises:
+            HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
+        """
+        y: Tensor
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            y = self.base_layer(x, *args, **kwargs)
+        elif adapter_names is not None:
+            y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        elif self.merged:
+            y = self.base_layer(x, *args, **kwargs)
+        else:
+            y = self._adapted(x, self._present(self.active_adapters), *args, **kwargs)
+        return y
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output under some adapters: one product for those without dropout, one more for each with it."""
+        dropping = [name for name in names if self._drops(name)]
+        steady = [name for name in names if name not in dropping]
+        if steady and self._is_plain() and not (args or kwargs):
+            y = self._product(x, *self._factors(steady))
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            if steady:
+                y = y + self._update(x, *self._factors(steady)).to(y.dtype)
+        for name in dropping:
+            y = y + self._update(x, *self._factors([name]), self.hira_dropout[name]).to(y.dtype)
+        return y
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.hira_dropout[name]
+        return dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def _is_plain(self) -> bool:
+        base = self.base_layer
+        return (
+            type(base).forward in self.plain_forwards
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged:
+            raise HiraError(
+                f"adapter_names was passed while {self.merged_adapters} are merged into {self.name or 'a layer'}; call "
+                "unmerge_adapter() first."
+            )
+        if len(adapter_names) != len(x):
+            raise HiraError(
+                f"adapter_names names {len(adapter_names)} rows, but {self.name or 'a layer'} got {len(x)}; pass one "
+                "name for each sample of the batch."
+            )
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self._factor_dicts[0] else BASE, []).append(row)
+        if len(rows) == 1:
+            return self._adapted(x, self._present(list(rows)), *args, **kwargs)
+        parts = [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]
+        order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
+        return torch.cat(parts)[torch.argsort(order)]
