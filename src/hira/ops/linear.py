@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hira.ops.modulate import (
+    Workspace,
     block,
     column_blocks,
     factors,
     formation_dtype,
-    is_transposed,
-    modulation,
     no_autocast,
     product_dtype,
     pull_back,
     row_blocks,
+    weight_gradient,
 )
 
 Dequantize = Callable[[Tensor], Tensor]
@@ -104,7 +104,9 @@ class _Linear(torch.autograd.Function):
             factor_gradients = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
             dA, dB = factor_gradients(dy, x, W0, A, B)
         if need_W0:
-            dW0 = linear_weight_gradient(dy, x, W0, A, B, ctx.update_only)
+            f = factors(A, B, formation_dtype(W0.dtype), update_only=ctx.update_only)
+            with no_autocast(dy.device):
+                dW0 = weight_gradient(torch.mm(dy.t(), x), W0, f)
         dbias = dy.sum(0) if need_bias else None
         return dx, dW0, dA, dB, dbias, None, None
 
@@ -114,8 +116,9 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     y = x.new_empty(x.shape[0], W0.shape[0])
     with no_autocast(x.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        workspace = Workspace(W0, x.dtype)
         for rows in row_blocks(W0):
-            Wt = block(W0, f, rows).to(x.dtype).t()
+            Wt = block(W0, f, workspace, rows).t()
             if bias is None:
                 torch.mm(x, Wt, out=y[:, rows])
             else:
@@ -128,8 +131,9 @@ def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_o
     dx = dy.new_empty(dy.shape[0], W0.shape[1])
     with no_autocast(dy.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        workspace = Workspace(W0, dy.dtype)
         for columns in column_blocks(W0):
-            torch.mm(dy, block(W0, f, columns=columns).to(dy.dtype), out=dx[:, columns])
+            torch.mm(dy, block(W0, f, workspace, columns=columns), out=dx[:, columns])
     return dx
 
 
@@ -139,21 +143,13 @@ def linear_factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Ten
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)
         dA, dB = torch.zeros_like(A_), torch.empty_like(B_)
+        workspace = Workspace(W0, dy.dtype)
         for rows in row_blocks(W0):
-            dB[rows] = pull_back(_weight_gradient(dy[:, rows], x, W0), W0[rows], A_, B_[rows], dA)
+            W0_ = W0[rows]
+            G = torch.mm(dy[:, rows].t(), x, out=workspace.rounded(W0_))
+            exact = G if G.dtype == dtype else workspace.exact(W0_).copy_(G)
+            dB[rows] = pull_back(exact, W0_, A_, B_[rows], dA)
     return dA.to(A.dtype), dB.to(B.dtype)
-
-
-def linear_weight_gradient(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_only: bool) -> Tensor:
-    """The gradient of W0 itself, for a base layer that trains too: ``G * (1 + BA)``."""
-    with no_autocast(dy.device):
-        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
-        return modulation(W0, f).mul_(_weight_gradient(dy, x, W0)).to(W0.dtype)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """G = dy^T x, laid out in memory as ``like`` is."""
-    return torch.mm(x.t(), dy).t() if is_transposed(like) else torch.mm(dy.t(), x)
 
 
 # Under torch.compile the three products are opaque operators: compiled and eager code then form W' by the very same

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Entries of one block of W'. On a CPU 8 MiB of float32: large enough for the products to run at full speed, small
-# enough to stay near the caches. Elsewhere launches cost more than memory traffic, so blocks are larger.
-CPU_BLOCK_ENTRIES = 1 << 21
+# Entries of one block of W'. On a CPU 16 MiB of float32: products over less than that run slower, as measured in
+# docs/architecture.md. Elsewhere launches cost more than memory traffic, so blocks are larger.
+CPU_BLOCK_ENTRIES = 1 << 22
 DEVICE_BLOCK_ENTRIES = 1 << 25
 
 
@@ -53,15 +53,19 @@ def factors(A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = Fal
     return Factors(torch.cat([A, A.new_ones(1, A.shape[1])]), torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1))
 
 
+def block_entries(device: torch.device) -> int:
+    """The number of entries that a block may have."""
+    return CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+
+
 def row_blocks(W0: Tensor) -> Iterator[slice]:
     """Split the rows of W0 (out, in) so that a block of them has a bounded number of entries.
 
     The split depends on the weight's shape and device alone, never on the input, so that W' is formed by the same
     products wherever it is formed.
     """
-    entries = CPU_BLOCK_ENTRIES if W0.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
     rows, columns = W0.shape
-    step = max(1, min(rows, entries // max(columns, 1)))
+    step = max(1, min(rows, block_entries(W0.device) // max(columns, 1)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -70,20 +74,44 @@ def column_blocks(W0: Tensor) -> Iterator[slice]:
     return row_blocks(W0.t())
 
 
-def is_transposed(W0: Tensor) -> bool:
-    """Whether W0 (out, in) lies in memory as (in, out), as the weight of a transformers `Conv1D` does."""
-    return W0.stride(0) < W0.stride(1)
+class Workspace:
+    """Memory for one block of W' or of its gradient at a time, taken once for a pass over all blocks.
+
+    Args:
+        W0: (out, in), the weight that is split into blocks.
+        dtype: that of the products with W'.
+    """
+
+    def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
+        entries = min(W0.numel(), max(block_entries(W0.device), *W0.shape))
+        exact = formation_dtype(W0.dtype)
+        self._exact = W0.new_empty(entries, dtype=exact)
+        self._rounded = self._exact if dtype == exact else W0.new_empty(entries, dtype=dtype)
+
+    def exact(self, like: Tensor) -> Tensor:
+        """A tensor in the dtype of formation, with the shape and memory layout of ``like`` (rows, columns)."""
+        return _laid_out(self._exact, like)
+
+    def rounded(self, like: Tensor) -> Tensor:
+        """The same in the dtype of the products; where the dtypes agree it is the same memory."""
+        return _laid_out(self._rounded, like)
 
 
-def modulation(like: Tensor, f: Factors) -> Tensor:
-    """Return the product of the factors, laid out in memory as ``like`` (out, in) is."""
-    return torch.mm(f.A.t(), f.B.t()).t() if is_transposed(like) else torch.mm(f.B, f.A)
+def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
+    # the weight of a transformers `Conv1D`, seen as (out, in), lies in memory as (in, out)
+    if like.stride(0) < like.stride(1):
+        return memory[: like.numel()].view(like.shape[1], like.shape[0]).t()
+    return memory[: like.numel()].view(like.shape)
 
 
-def block(W0: Tensor, f: Factors, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-    """Return some rows and columns of ``W0 * (1 + BA)``, in the dtype of formation, not yet rounded."""
+def block(
+    W0: Tensor, f: Factors, workspace: Workspace, rows: slice = slice(None), columns: slice = slice(None)
+) -> Tensor:
+    """Return some rows and columns of ``W0 * (1 + BA)``, rounded once, in the workspace's memory."""
     W0 = W0[rows, columns]
-    return modulation(W0, Factors(f.A[:, columns], f.B[rows])).mul_(W0)
+    exact = torch.mm(f.B[rows], f.A[:, columns], out=workspace.exact(W0)).mul_(W0)
+    rounded = workspace.rounded(W0)
+    return exact if rounded.dtype == exact.dtype else rounded.copy_(exact)
 
 
 def modulated_weight(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -111,19 +139,25 @@ def form(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: b
     with torch.no_grad(), no_autocast(W0.device):
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
         out = torch.empty_like(W0, dtype=dtype)
+        workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
-            out[rows] = block(W0, f, rows)
+            out[rows] = block(W0, f, workspace, rows)
     return out
 
 
 def pull_back(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, dA: Tensor) -> Tensor:
     """Reduce ``G * W0``, where G is the gradient of W': add ``B^T (G * W0)`` to dA, return dB = ``(G * W0) A^T``.
 
-    G and W0 may be rows of a weight, then so is B; A, B and dA are in the dtype of formation. G may be overwritten.
+    G and W0 may be rows of a weight, then so is B; all but W0 are in the dtype of formation. G is overwritten.
     """
-    G = G.to(dA.dtype).mul_(W0)
+    G.mul_(W0)
     dA.addmm_(B.t(), G)
     return torch.mm(G, A.t())
+
+
+def weight_gradient(G: Tensor, W0: Tensor, f: Factors) -> Tensor:
+    """The gradient of W0 itself, for a base layer that trains too: ``G * (1 + BA)``."""
+    return torch.mm(f.B, f.A).mul_(G).to(W0.dtype)
 
 
 class _ModulatedWeight(torch.autograd.Function):
@@ -142,7 +176,7 @@ class _ModulatedWeight(torch.autograd.Function):
         with no_autocast(W0.device):
             dtype = formation_dtype(W0.dtype)
             f = factors(A, B, dtype)
-            dW0 = modulation(W0, f).mul_(G).to(W0.dtype) if ctx.needs_input_grad[0] else None
+            dW0 = weight_gradient(G, W0, f) if ctx.needs_input_grad[0] else None
             dA = torch.zeros_like(A, dtype=dtype)
-            dB = pull_back(G.clone(), W0, A.to(dtype), B.to(dtype), dA)
+            dB = pull_back(G.to(dtype, copy=True), W0, A.to(dtype), B.to(dtype), dA)
         return dW0, dA.to(A.dtype), dB.to(B.dtype)
