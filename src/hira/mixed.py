@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.mixed import MixedModel
@@ -35,7 +37,8 @@ class HiraMixedModel(MixedModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        with unchanged_on_error(self.model):
+        HiraModel._check_known(self, adapter_names or [])
+        with unchanged_on_error(self.model), _weights_back_on_error(self.model):
             for layer in hira_layers(self.model):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             for layer in _other_tuner_layers(self.model):
@@ -52,18 +55,29 @@ class HiraMixedModel(MixedModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge and safe_merge:
-            for layer in hira_layers(self.model):
-                layer.check_merge(adapter_names)
-        for parent in list(self.model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, HiraLayer):
-                    child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                    setattr(parent, name, child.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        HiraModel._check_known(self, adapter_names or [])
+        with unchanged_on_error(self.model), _weights_back_on_error(self.model):
+            for parent in list(self.model.modules()):
+                for name, child in parent.named_children():
+                    if isinstance(child, HiraLayer):
+                        child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                        setattr(parent, name, child.base_layer)
+            model: nn.Module = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         return model
+
+
+@contextmanager
+def _weights_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Undo what a safe merge of PEFT's layers, which gives parameters other data, did before it raised."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data in before:
+            parameter.data = data
+        raise
 
 
 def _other_tuner_layers(model: nn.Module) -> list[Any]:

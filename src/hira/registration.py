@@ -62,7 +62,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     yield peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType.HIRA, HiraModel
     yield peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PeftType.HIRA, HiraModel.prefix
 
-    stock_config = peft.tuners.hira.HiraConfig
+    stock_config, stock_model = peft.tuners.hira.HiraConfig, peft.tuners.hira.HiraModel
+    yield stock_model, "inject_adapter", _refusing(stock_model.inject_adapter)
     for module in (peft, peft.tuners):
         yield module, "HiraConfig", HiraConfig
         yield module, "HiraModel", HiraModel
@@ -110,6 +111,17 @@ def _alias(name: str, source: ModuleType) -> ModuleType:
     module.__getattr__ = functools.partial(getattr, source)  # type: ignore[method-assign]
     module.__dir__ = functools.partial(dir, source)  # type: ignore[method-assign]
     return module
+
+
+def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`inject_adapter` of PEFT's own HiraModel, that adds no adapter to its layers while this package is registered."""
+
+    @functools.wraps(inject_adapter)
+    def wrapper(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        hira.model.check_new_name(model, adapter_name)
+        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    return wrapper
 
 
 def _has_hira(model: nn.Module) -> bool:

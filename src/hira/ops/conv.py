@@ -80,7 +80,8 @@ class _Conv(torch.autograd.Function):
         geometry: Geometry,
         update_only: bool,
     ) -> Tensor:
-        weight = form_kernel(W0, A, B, x.dtype, update_only)
+        function = torch.ops.hira.form_kernel if torch.compiler.is_compiling() else form_kernel
+        weight = function(W0, A, B, x.dtype, update_only)
         with no_autocast(x.device):
             return torch.convolution(
                 x,
@@ -106,7 +107,8 @@ class _Conv(torch.autograd.Function):
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only)
+        function = torch.ops.hira.form_kernel if torch.compiler.is_compiling() else form_kernel
+        weight = function(W0, A, B, x.dtype, ctx.update_only)
         dW0 = dA = dB = None
         with no_autocast(dy.device):
             dx, G, dbias = torch.ops.aten.convolution_backward(
@@ -137,3 +139,13 @@ class _Conv(torch.autograd.Function):
 def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False) -> Tensor:
     """Form W' of W0 (out, in / groups, *kernel) over flattened kernels, rounded once to ``dtype``."""
     return form(W0.flatten(1), A.flatten(1), B.flatten(1), dtype, update_only=update_only).view(W0.shape)
+
+
+# Opaque under torch.compile: compiled and eager code form W' by the very same blocks. And were it traced, the strides
+# that it reads would make Dynamo start over with the trace of the backward, and leave autocast off (torch 2.13).
+torch.library.custom_op(
+    "hira::form_kernel",
+    form_kernel,
+    mutates_args=(),
+    schema="(Tensor W0, Tensor A, Tensor B, ScalarType dtype, bool update_only) -> Tensor",
+).register_fake(lambda W0, A, B, dtype, update_only: torch.empty_like(W0.flatten(1), dtype=dtype).view(W0.shape))

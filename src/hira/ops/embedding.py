@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hira.ops.modulate import formation_dtype, no_autocast
 
@@ -52,7 +54,8 @@ def embedding(
     """
     dtype = formation_dtype(W0.dtype)
     with no_autocast(W0.device):
-        columns = F.embedding(ids, A.t(), sparse=sparse).to(dtype)  # (*ids.shape, r)
+        look_up: Callable[..., Tensor] = _SparseColumns.apply if sparse else _columns
+        columns = look_up(ids, A).to(dtype)  # (*ids.shape, r)
         if keep is not None:
             columns = columns * keep.to(dtype).unsqueeze(-1)
         modulation = columns @ B.t().to(dtype)
@@ -62,17 +65,49 @@ def embedding(
         if max_norm is not None:
             norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
             y = torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
-    share = _gradient_share(ids, padding_idx, scale_grad_by_freq)
+    share = _gradient_share(ids, padding_idx, scale_grad_by_freq, dtype)
     return y if share is None else _ScaleGradient.apply(y, share.unsqueeze(-1))
 
 
-def _gradient_share(ids: Tensor, padding_idx: int | None, scale_grad_by_freq: bool) -> Tensor | None:
+def _columns(ids: Tensor, A: Tensor) -> Tensor:
+    """A[:, ids] with ids' dimensions first."""
+    return F.embedding(ids, A.t())
+
+
+class _SparseColumns(torch.autograd.Function):
+    """The same with a sparse gradient; PyTorch cannot transpose the one that `F.embedding` gives."""
+
+    @staticmethod
+    def forward(ids: Tensor, A: Tensor) -> Tensor:
+        return _columns(ids, A)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, A = inputs
+        ctx.shape = A.shape
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        r = ctx.shape[0]
+        rows = torch.arange(r, device=ids.device).repeat_interleave(ids.numel())
+        at = torch.stack([rows, ids.flatten().long().repeat(r)])
+        return None, torch.sparse_coo_tensor(
+            at, dcolumns.reshape(-1, r).t().flatten(), ctx.shape, check_invariants=False
+        )
+
+
+def _gradient_share(
+    ids: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, dtype: torch.dtype
+) -> Tensor | None:
     """The factor on each id's gradient: 0 for padding, one over the number of occurrences by frequency."""
     share = None
     if scale_grad_by_freq:
         ordered = ids.flatten().sort().values
         counts = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-        share = 1.0 / counts
+        share = counts.to(dtype).reciprocal()
     if padding_idx is not None:
         row = ids != padding_idx
         share = row if share is None else share * row

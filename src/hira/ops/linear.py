@@ -142,7 +142,7 @@ def linear_factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Ten
     dtype = formation_dtype(W0.dtype)
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)
-        dA, dB = torch.zeros_like(A_), torch.empty_like(B_)
+        dA, dB = A_.new_zeros(A_.shape), B_.new_empty(B_.shape)
         workspace = Workspace(W0, dy.dtype)
         for rows in row_blocks(W0):
             W0_ = W0[rows]
