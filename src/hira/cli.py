@@ -38,14 +38,14 @@ def run(
     """
     sys.argv = [target, *context.args]
     if module:
-        sys.path[0] = os.getcwd()
+        _lead_path(os.getcwd())
         if not _module_exists(target):
             raise typer.BadParameter(f"there is no module {target!r}", param_hint="MODULE")
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         if not Path(target).exists():
             raise typer.BadParameter(f"there is no file {target!r}", param_hint="SCRIPT")
-        sys.path[0] = str(Path(target).resolve().parent)
+        _lead_path(str(Path(target).resolve().parent))
         runpy.run_path(target, run_name="__main__")
 
 
@@ -75,6 +75,12 @@ def env() -> None:
 def main() -> None:
     """The entry point."""
     app()
+
+
+def _lead_path(folder: str) -> None:
+    """Put a program's folder first on sys.path, unless python was told not to (-P)."""
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
+        sys.path[0] = folder
 
 
 def _version(package: str) -> str:

@@ -94,10 +94,10 @@ class HiraConfig(PeftConfig):
 def check_config(config: Any) -> None:
     """Refuse a configuration with a bad value; takes PEFT's HiraConfig as well as ours."""
     check_rank(config.r, "r")
-    for pattern, rank in (config.rank_pattern or {}).items():
-        check_rank(rank, f"rank_pattern[{pattern!r}]")
     if config.rank_pattern is not None and not isinstance(config.rank_pattern, Mapping):
         raise HiraError(f"rank_pattern must map names to ranks, not be {config.rank_pattern!r}.")
+    for pattern, rank in (config.rank_pattern or {}).items():
+        check_rank(rank, f"rank_pattern[{pattern!r}]")
     dropout = config.hira_dropout
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise HiraError(f"hira_dropout must be a number in [0, 1), not {dropout!r}.")

@@ -1,0 +1,165 @@
+"""The `hira` command, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+# Says what a program sees of itself, and whose HiRA it gets; without a word about hira.
+SCRIPT = """
+import json, pickle, sys
+from pathlib import Path
+import neighbour
+import peft
+from peft import HiraConfig, get_peft_model
+from peft.tuners.hira.layer import Linear
+from torch import nn
+
+class Mine:
+    pass
+
+def main():
+    body = nn.Sequential(nn.Linear(3, 4))
+    model = get_peft_model(body, HiraConfig(r=2, target_modules=["0"]))
+    print(json.dumps({
+        "argv": sys.argv,
+        "name": __name__,
+        "path": sys.path[0],
+        "neighbour": neighbour.VALUE,
+        "main is this": sys.modules["__main__"].Mine is Mine,
+        "pickles": type(pickle.loads(pickle.dumps(Mine()))) is Mine,
+        "file": Path(__file__).name,
+        "layer": type(model.base_model.model[0]).__module__,
+        "name of the layer under peft": Linear.__module__,
+        "adapts": isinstance(model.base_model.model[0], Linear),
+    }))
+    print("to stderr", file=sys.stderr)
+    sys.exit(int(sys.argv[-1]))
+
+if __name__ == "__main__":
+    main()
+"""
+BROKEN = "import sys\nsys.exit('no such luck')"
+RAISES = "def f():\n    raise RuntimeError('from the script')\nf()"
+
+HIRA = str(Path(sys.executable).with_name("hira"))
+COMMANDS = {
+    "script": [HIRA, "run", "programs/script.py", "a", "--b", "c", "-m", "--help", "7"],
+    "module": [sys.executable, "-m", "hira", "run", "-m", "programs.tool", "--x", "-m", "0"],
+    "message": [HIRA, "run", "programs/broken.py"],
+    "traceback": [sys.executable, "-m", "hira", "run", "programs/raises.py"],
+    "missing script": [HIRA, "run", "programs/none.py", "7"],
+    "missing module": [HIRA, "run", "-m", "programs.none"],
+    "nothing to run": [HIRA, "run"],
+    "env": [HIRA, "env"],
+    "plain python": [sys.executable, "programs/script.py", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """All the commands, two at a time, since each spends its time importing torch."""
+    folder = tmp_path_factory.mktemp("cli")
+    programs = folder / "programs"
+    programs.mkdir()
+    (programs / "script.py").write_text(SCRIPT)
+    (programs / "tool.py").write_text(SCRIPT.replace("import neighbour", "from programs import neighbour"))
+    (programs / "neighbour.py").write_text("VALUE = 42")
+    (programs / "broken.py").write_text(BROKEN)
+    (programs / "raises.py").write_text(RAISES)
+    results, waiting = {}, dict(COMMANDS)
+    while waiting:
+        batch = [(name, waiting.pop(name)) for name in list(waiting)[:2]]
+        running = [
+            (name, subprocess.Popen(c, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            for name, c in batch
+        ]
+        for name, process in running:
+            out, err = process.communicate(timeout=120)
+            results[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    results["folder"] = folder
+    return results
+
+
+def report(result) -> dict:
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def words(text: str) -> str:
+    """Without the frames and line breaks of a panel."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_a_script_sees_what_python_would_show_it(done):
+    seen = report(done["script"])
+    assert seen["argv"] == ["programs/script.py", "a", "--b", "c", "-m", "--help", "7"]
+    assert seen["name"] == "__main__"
+    assert seen["path"] == str(done["folder"] / "programs")
+    assert seen["neighbour"] == 42
+    assert seen["file"] == "script.py"
+    assert seen["main is this"] is seen["pickles"] is True
+    assert done["script"].returncode == 7
+    assert "to stderr" in done["script"].stderr
+    plain = report(done["plain python"])
+    for same in ("name", "path", "neighbour", "file", "main is this", "pickles"):
+        assert seen[same] == plain[same], same
+
+
+def test_a_module_sees_what_python_would_show_it(done):
+    seen = report(done["module"])
+    assert seen["argv"] == [str(done["folder"] / "programs" / "tool.py"), "--x", "-m", "0"]
+    assert seen["name"] == "__main__"
+    assert seen["path"] == str(done["folder"])
+    assert seen["main is this"] is seen["pickles"] is True
+    assert done["module"].returncode == 0
+
+
+@pytest.mark.parametrize("command", ["script", "module"])
+def test_an_unmodified_program_gets_our_layers(done, command):
+    seen = report(done[command])
+    assert seen["layer"] == seen["name of the layer under peft"] == "hira.layer"
+    assert seen["adapts"] is True
+    stock = report(done["plain python"])
+    assert stock["layer"] == stock["name of the layer under peft"] == "peft.tuners.hira.layer"
+
+
+def test_exit_messages_and_tracebacks_are_the_programs_own(done):
+    assert done["message"].returncode == 1
+    assert done["message"].stderr.strip().endswith("no such luck")
+    assert done["traceback"].returncode == 1
+    assert done["traceback"].stderr.rstrip().endswith("RuntimeError: from the script")
+    assert 'raises.py", line 2, in f' in done["traceback"].stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("missing script", "there is no file 'programs/none.py'"),
+        ("missing module", "there is no module 'programs.none'"),
+        ("nothing to run", "Missing argument 'SCRIPT|MODULE'"),
+    ],
+)
+def test_usage_errors(done, command, message):
+    assert done[command].returncode == 2
+    assert message in words(done[command].stderr)
+    assert "Usage: " in done[command].stderr
+    assert "Traceback" not in done[command].stderr
+
+
+def test_env(done):
+    assert done["env"].returncode == 0, done["env"].stderr
+    found = re.findall(r"^ (\S.*?) {2,}(\S.*?) *$", done["env"].stdout, re.MULTILINE)
+    rows = dict(found)
+    assert rows["torch"] == torch.__version__
+    assert rows["peft"] == peft.__version__
+    assert rows["PEFT's type HIRA"] == "hira"
+    assert rows.keys() >= {"python", "hira", "transformers", "bitsandbytes", "triton", "linear", "embedding"}
+    assert rows["triton"] == "not installed" or rows["triton"][0].isdigit()

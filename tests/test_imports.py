@@ -1,0 +1,157 @@
+"""The shape of the package: imports point down only, files hold one idea, public names are documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import hira
+
+SOURCE = Path(hira.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# From the bottom up; a module imports from rows above its own, or from its own package. `hira` itself, which has to
+# know all of them, is named by the command only.
+LAYERS = [
+    ["errors"],
+    ["ops"],
+    ["weights", "config", "transaction"],
+    ["merging"],
+    ["tuner_layer"],
+    ["layer"],
+    ["bnb"],
+    ["dispatch"],
+    ["model"],
+    ["mixed"],
+    ["registration"],
+    ["", "cli"],
+    ["__main__"],
+]
+# inside ops: the equations stand alone, and everything forms W' by way of modulate
+OPS_LAYERS = [["reference"], ["modulate"], ["linear", "embedding", "conv"], ["__init__"]]
+OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib"}
+
+
+def module_name(path: Path) -> str:
+    """`ops.linear` for .../hira/ops/linear.py, "" for the package itself."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """The absolute names of what a file imports; not in functions, unless everywhere."""
+    tree = ast.parse(path.read_text())
+    inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    names = set()
+    for node in ast.walk(tree):
+        if node in inside and not everywhere:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import, which this test does not follow"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def within(names: set[str]) -> set[str]:
+    """Of imported names, the modules of this package: "" for a public name taken from the top."""
+    found = set()
+    for name in names:
+        top, _, rest = name.partition(".")
+        if top == "hira":
+            parts = rest.split(".") if rest else [""]
+            depth = 2 if (SOURCE / parts[0]).is_dir() and len(parts) > 1 else 1
+            is_module = (SOURCE / parts[0]).is_dir() or (SOURCE / f"{parts[0]}.py").is_file()
+            found.add(".".join(parts[:depth]) if is_module else "")
+    return found
+
+
+def level(module: str, layers: list[list[str]]) -> int:
+    return next(i for i, names in enumerate(layers) if module in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    module = module_name(path).partition(".")[0]
+    used = {name.partition(".")[0] for name in within(imports(path))} - {module}
+    if module == "":  # the top imports all but the command
+        assert "cli" not in used
+    upward = {name for name in used if level(name, LAYERS) >= level(module, LAYERS)}
+    assert not upward - ({""} if module == "cli" else set())
+
+
+def test_the_graph_is_not_empty():
+    """The test above would pass on files that it cannot read."""
+    assert {"config", "errors", "tuner_layer", "weights", "ops"} <= within(imports(SOURCE / "layer.py"))
+    assert {"", "ops.modulate"} <= within(imports(SOURCE / "cli.py"))
+    assert len(FILES) > 15
+
+
+def test_every_file_has_a_place():
+    placed = {name for names in LAYERS for name in names}
+    assert {module_name(path).partition(".")[0] for path in FILES} == placed
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "ops").glob("*.py")), ids=lambda path: path.stem)
+def test_ops_are_pure_tensor_functions(path):
+    """No modules, no PEFT, no transformers: torch and the standard library."""
+    names = imports(path)
+    outside = {name.partition(".")[0] for name in names} - {"torch", "hira", *sys.stdlib_module_names}
+    assert outside == set()
+    assert not {name for name in names if name == "torch.nn" or name == "torch.nn.Module"}
+    for name in within(names):
+        assert name.startswith("ops."), name
+        used = name.split(".")[1]
+        assert level(used, OPS_LAYERS) < level(path.stem, OPS_LAYERS), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    names = {name.partition(".")[0] for name in imports(path, everywhere=False)}
+    assert names & OPTIONAL == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_short_and_say_what_they_are(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 350
+    assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
+    assert path.stem not in {"utils", "helpers", "common"}
+
+
+def public_functions() -> list[tuple[str, object]]:
+    found = []
+    for name in hira.__all__:
+        value = getattr(hira, name)
+        found.append((name, value))
+        if inspect.isclass(value):
+            found += [
+                (f"{name}.{attribute}", method)
+                for attribute, method in vars(value).items()
+                if inspect.isfunction(method) and not attribute.startswith("_")
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "value"), public_functions(), ids=[name for name, _ in public_functions()])
+def test_public_names_are_documented(name, value):
+    doc = inspect.getdoc(value)
+    assert doc, f"{name} has no docstring"
+    first = doc.split("\n\n")[0].replace("\n", " ")
+    assert first.rstrip().endswith((".", ":")), f"{name}: {first!r} is not a sentence"
+    assert "hira" in inspect.getmodule(value).__name__
+
+
+def test_all_is_sorted_and_complete():
+    assert hira.__all__ == sorted(hira.__all__)
+    public = {
+        name
+        for name, value in vars(hira).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "version"
+    }
+    assert public == set(hira.__all__)

@@ -1,0 +1,294 @@
+"""HiraModel on whole models: what is adapted, with which ranks, and several adapters side by side."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from conftest import stock_peft
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import hira
+
+IDS = torch.tensor([[1, 5, 9, 13], [1, 6, 7, 8], [1, 40, 30, 20]])
+# outputs of one model by two orders of the same float32 operations
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def llama(**options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).eval()
+
+
+def config(**options) -> peft.HiraConfig:
+    """Of the registered class; the adapter does something before training."""
+    return peft.HiraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], "init_weights": False, **options})
+
+
+def adapted(model: nn.Module) -> dict[str, hira.HiraLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, hira.HiraLayer)
+    }
+
+
+def several(model: nn.Module | None = None) -> peft.PeftModel:
+    """Adapters first and second, on different modules, of different ranks."""
+    model = get_peft_model(llama() if model is None else model, config(r=2), adapter_name="first")
+    model.add_adapter("second", config(r=3, target_modules=["q_proj", "up_proj"]))
+    return model.eval()
+
+
+def logits(model: nn.Module, ids: Tensor = IDS, **options) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits
+
+
+# The documented example
+
+
+@pytest.mark.parametrize("place", [peft, hira], ids=["peft", "hira"])
+def test_the_documented_example(place, capsys):
+    base_model = OPTForCausalLM(OPTConfig())
+    hira_config = place.HiraConfig(
+        r=32, target_modules=["k_proj", "q_proj", "v_proj", "fc1", "fc2"], hira_dropout=0.0, init_weights=True
+    )
+    peft_model = get_peft_model(base_model, hira_config)
+    capsys.readouterr()
+    peft_model.print_trainable_parameters()
+    expected = "trainable params: 4,718,592 || all params: 129,957,888 || trainable%: 3.6309\n"
+    assert capsys.readouterr().out == expected
+    assert {type(layer) for layer in adapted(peft_model).values()} == {hira.Linear}
+    assert type(peft_model.base_model) is hira.HiraModel
+
+
+# What is adapted
+
+
+def test_the_first_adapter_gets_its_rank_pattern():
+    """Row 1 of the peer's faults: PEFT gives the first adapter rank r everywhere."""
+    pattern = {"q_proj": 2, r"model\.layers\.[12]\.mlp\.down_proj": 1}
+    with stock_peft():
+        stock = get_peft_model(llama(), config(rank_pattern=pattern))
+        assert stock.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").r == {"default": 4}
+    ranks = {
+        "model.layers.0.self_attn.q_proj": 2,
+        "model.layers.1.self_attn.q_proj": 2,
+        "model.layers.2.self_attn.q_proj": 2,
+        "model.layers.0.mlp.down_proj": 4,
+        "model.layers.1.mlp.down_proj": 1,
+        "model.layers.2.mlp.down_proj": 1,
+    }
+    model = get_peft_model(llama(), config(rank_pattern=pattern), adapter_name="first")
+    model.add_adapter("second", config(rank_pattern=pattern))
+    for name, layer in adapted(model).items():
+        for adapter in ("first", "second"):
+            assert layer.r[adapter] == ranks[name]
+            assert layer.hira_A[adapter].shape[0] == layer.hira_B[adapter].shape[1] == ranks[name]
+    assert set(adapted(model)) == set(ranks)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"layers_to_transform": [0, 2]}, {"0.self_attn.q_proj", "2.self_attn.q_proj"}),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, {"1.self_attn.q_proj"}),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, {"0.self_attn.q_proj", "2.self_attn.q_proj"}),
+        ({"exclude_modules": r".*layers\.[02].*"}, {"1.self_attn.q_proj"}),
+        ({"target_modules": r".*\.1\..*(k_proj|gate_proj)"}, {"1.self_attn.k_proj", "1.mlp.gate_proj"}),
+    ],
+    ids=["indices", "index and pattern", "names", "regular expression", "target expression"],
+)
+def test_which_modules_are_adapted(options, expected):
+    model = get_peft_model(llama(), config(**{"target_modules": ["q_proj"], **options}))
+    assert {name.removeprefix("model.layers.") for name in adapted(model)} == expected
+
+
+def test_all_linear_leaves_the_output_layer_alone():
+    model = get_peft_model(llama(), config(target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in adapted(model)} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+
+
+def bert() -> BertForSequenceClassification:
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, num_labels=3)).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (llama, {"q_proj", "v_proj"}),
+        (bert, {"query", "value"}),
+        (t5, {"q", "v"}),
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2)), {"c_attn"}),
+        (lambda: OPTForCausalLM(OPTConfig(vocab_size=48, hidden_size=16, ffn_dim=24, word_embed_proj_dim=16,
+                                          num_attention_heads=2, num_hidden_layers=2)), {"q_proj", "v_proj"}),
+    ],
+    ids=["llama", "bert", "t5", "gpt2", "opt"],
+)  # fmt: skip
+def test_default_targets_of_known_architectures(build, expected):
+    model = get_peft_model(build(), peft.HiraConfig(r=2))
+    assert {name.rpartition(".")[2] for name in adapted(model)} == expected
+
+
+def test_a_start_that_changes_nothing():
+    model = llama()
+    before = logits(model)
+    model = get_peft_model(model, config(target_modules=["q_proj", "embed_tokens"], init_weights=True))
+    assert torch.equal(logits(model), before)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all("hira_" in name for name in trainable)
+
+
+def test_modules_to_save_train_and_travel(tmp_path):
+    model = get_peft_model(bert(), config(target_modules=["query"], modules_to_save=["classifier"]))
+    classifier = model.base_model.model.classifier
+    assert classifier.modules_to_save["default"].weight.requires_grad
+    assert not classifier.original_module.weight.requires_grad
+    nn.init.normal_(classifier.modules_to_save["default"].weight)
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    fresh = bert()
+    fresh.load_state_dict(model.unload().state_dict(), strict=False)
+    fresh.classifier.weight.data.zero_()
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path)), before)
+
+
+# Several adapters
+
+
+def test_switch_disable_and_delete():
+    model = several()
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"first"}
+    model.set_adapter("first")
+    y_1 = logits(model)
+    model.set_adapter("second")
+    y_2 = logits(model)
+    with model.disable_adapter():
+        y_0 = logits(model)
+    assert torch.equal(y_0, logits(llama()))
+    assert not any(torch.allclose(some, other) for some, other in [(y_1, y_2), (y_1, y_0), (y_2, y_0)])
+    model.set_adapter("first")
+    assert torch.equal(logits(model), y_1)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"first"}
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), y_1)
+    assert not [name for name in model.state_dict() if name.endswith(".second")]
+    assert all("second" not in layer.r and "second" not in layer.hira_dropout for layer in adapted(model).values())
+    model.add_adapter("second", config(r=5))
+    assert {layer.r["second"] for name, layer in adapted(model).items() if "up_proj" not in name} == {5}
+    assert torch.equal(logits(model), y_1)
+
+
+def test_two_active_adapters_add_up():
+    model = several()
+    model.base_model.set_adapter(["first", "second"])
+    y = logits(model)
+    base = llama()
+    for name, layer in adapted(model).items():
+        delta = sum(layer.get_delta_weight(adapter) for adapter in ("first", "second") if adapter in layer.hira_A)
+        base.get_submodule(name).weight.data *= 1 + delta.detach()
+    torch.testing.assert_close(y, logits(base), **CLOSE)
+
+
+@pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]], ids="-".join)
+def test_merge_some_or_all(names):
+    model = several()
+    model.base_model.set_adapter(names)
+    y = logits(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.merge_adapter(names)
+    assert {name for layer in adapted(model).values() for name in layer.merged_adapters} == set(names)
+    torch.testing.assert_close(logits(model), y, **CLOSE)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=names)), y, **CLOSE)
+
+
+# Copies
+
+
+def test_deepcopy_is_independent():
+    model = several()
+    y = logits(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), y)
+    for layer in adapted(copied).values():
+        layer.hira_B["first"].data.zero_() if "first" in layer.hira_B else None
+    assert torch.equal(logits(copied), logits(llama()))
+    assert torch.equal(logits(model), y)
+
+
+def test_deepcopy_and_pickle_of_a_merged_model():
+    model = several()
+    y = logits(model)
+    model.merge_adapter()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(copied), y, **CLOSE)
+        copied.unmerge_adapter()
+        assert torch.equal(logits(copied), y)
+
+
+def test_pickle(tmp_path):
+    model = several()
+    y = logits(model)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), y)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), y)
+
+
+# Tied weights
+
+
+def test_tied_weights_are_adapted_merged_and_restored():
+    """Row 9 of the peer's faults: a merge of the embedding changes the output layer that shares its weight."""
+
+    def tied(scale: float = 1.0) -> peft.PeftModel:
+        model = get_peft_model(llama(tie_word_embeddings=True), config(target_modules=["embed_tokens"]))
+        layer = model.base_model.model.model.embed_tokens
+        torch.nn.init.normal_(layer.hira_embedding_A["default"], std=scale)
+        return model.eval()
+
+    with stock_peft():
+        stock = tied()
+        y = logits(stock)
+        stock.merge_adapter()
+        assert not torch.allclose(logits(stock), y, **CLOSE)
+    model = tied()
+    y = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), y, **CLOSE)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
+    base = model.base_model.model
+    assert base.lm_head.weight is base.model.embed_tokens.base_layer.weight
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, **CLOSE)

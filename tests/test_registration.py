@@ -1,0 +1,239 @@
+"""Registration: whose classes PEFT uses, under which names, and the way back to PEFT's own."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from conftest import stock_peft
+from peft.utils import PeftType
+from torch import nn
+
+import hira
+from hira import registration
+
+DOCUMENTED = {
+    "config": ["HiraConfig"],
+    "layer": ["HiraLayer", "Linear", "Embedding", "Conv1d", "Conv2d", "ConvNd"],
+    "model": ["HiraModel"],
+    "bnb": ["Linear8bitLt", "Linear4bit", "dispatch_bnb_8bit", "dispatch_bnb_4bit"],
+    "dispatch": ["dispatch_default"],
+}
+with stock_peft():
+    STOCK_MODEL = peft.HiraModel
+NAMES = [(module, name) for module, names in DOCUMENTED.items() for name in names]
+
+
+def touched() -> dict[str, object]:
+    """Everything a registration could reach: the registries, PEFT's modules and classes, the module table."""
+    spaces = {
+        "PEFT_TYPE_TO_CONFIG_MAPPING": peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+        "PEFT_TYPE_TO_TUNER_MAPPING": peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        "PEFT_TYPE_TO_PREFIX_MAPPING": peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
+        "stock HiraModel": vars(STOCK_MODEL),
+        "PeftModel": vars(peft.PeftModel),
+        "PeftMixedModel": vars(peft.PeftMixedModel),
+        "sys.modules": {name: module for name, module in sys.modules.items() if name.startswith("peft")},
+    }
+    for name, module in sorted(spaces["sys.modules"].items()):
+        spaces[name] = vars(module)
+    return {f"{space}: {name}": value for space, names in spaces.items() for name, value in dict(names).items()}
+
+
+def changes(before: dict[str, object], after: dict[str, object]) -> set[str]:
+    nothing = object()
+    return {name for name in before | after if before.get(name, nothing) is not after.get(name, nothing)}
+
+
+def two_linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def test_importing_registers_and_needs_no_optional_package():
+    """In a process of its own, where bitsandbytes, triton and trl cannot be found."""
+    program = """
+import importlib.util, sys
+OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "matplotlib"}
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.partition(".")[0] in OPTIONAL else find_spec(name, *a)
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"bitsandbytes", "trl"}:
+            raise AssertionError(f"{name} was imported")
+import torch, peft  # torch looks for triton itself
+before = set(sys.modules)
+sys.meta_path.insert(0, Refuse())
+stock = peft.HiraConfig
+import hira
+assert hira.is_registered()
+assert peft.HiraConfig is hira.HiraConfig is not stock
+print(sorted(OPTIONAL & ({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_unregister_gives_stock_back_any_number_of_times():
+    hira.unregister()
+    stock = touched()
+    for _ in range(3):
+        hira.register()
+        assert hira.is_registered()
+        assert changes(stock, touched()), "registering changed nothing"
+        hira.unregister()
+        assert not hira.is_registered()
+        assert changes(stock, touched()) == set()
+    assert (
+        peft.HiraConfig.__module__ == peft.HiraModel.__module__.replace("model", "config") == "peft.tuners.hira.config"
+    )
+
+
+def test_register_and_unregister_may_be_repeated():
+    hira.unregister()
+    stock = touched()
+    hira.unregister()
+    assert changes(stock, touched()) == set()
+    hira.register()
+    ours = touched()
+    hira.register()
+    assert changes(ours, touched()) == set()
+    hira.unregister()
+    assert changes(stock, touched()) == set()
+
+
+def test_a_registration_that_fails_half_way_is_undone(monkeypatch):
+    hira.unregister()
+    stock = touched()
+    all_of_them = list(registration._replacements())
+
+    def broken():
+        yield from all_of_them[: len(all_of_them) // 2]
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(registration, "_replacements", broken)
+    with pytest.raises(RuntimeError, match="half way"):
+        hira.register()
+    assert not hira.is_registered()
+    assert changes(stock, touched()) == set()
+
+
+def test_the_registries_hold_our_classes():
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.HIRA] is hira.HiraConfig
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.HIRA] is hira.HiraModel
+    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.HIRA] == "hira_"
+    assert peft.get_peft_config({"peft_type": "HIRA", "r": 3}) == hira.HiraConfig(r=3)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module}.{name}" for module, name in NAMES])
+def test_documented_names_are_ours_under_peft_too(module, name):
+    ours = getattr(importlib.import_module(f"hira.{module}"), name)
+    assert getattr(hira, name) is ours
+    found: dict[str, object] = {}
+    exec(f"from peft.tuners.hira.{module} import {name} as deep\nfrom peft.tuners.hira import {name} as flat", found)
+    assert found["deep"] is ours
+    assert found["flat"] is ours
+    assert getattr(getattr(peft.tuners.hira, module), name) is ours
+
+
+def test_top_level_names_are_ours():
+    for place in (peft, peft.tuners, peft.tuners.hira):
+        assert place.HiraConfig is hira.HiraConfig
+        assert place.HiraModel is hira.HiraModel
+    assert {name for _, name in NAMES} <= set(dir(peft.tuners.hira))
+
+
+def test_a_name_that_does_not_exist_raises():
+    """PEFT's own package gives None for any name, Conv1d among them (row 15 of the peer's faults)."""
+    with pytest.raises(AttributeError, match="has no attribute 'Conv9d'"):
+        peft.tuners.hira.Conv9d  # noqa: B018
+    with pytest.raises(ImportError, match=r"cannot import name 'Conv9d' from 'peft\.tuners\.hira'"):
+        exec("from peft.tuners.hira import Conv9d")
+    with pytest.raises(AttributeError, match="has no attribute 'Conv9d'"):
+        peft.tuners.hira.layer.Conv9d  # noqa: B018
+    with stock_peft():
+        assert peft.tuners.hira.Conv9d is None
+        assert peft.tuners.hira.Conv1d is None
+
+
+def test_a_stock_config_made_before_works(tmp_path):
+    with stock_peft():
+        stock_class = peft.HiraConfig
+        config = stock_class(r=2, target_modules=["0", "2"], rank_pattern={"2": 3}, init_weights=False)
+    assert not isinstance(config, hira.HiraConfig)
+    model = peft.get_peft_model(two_linear(), config)
+    assert type(model.base_model) is hira.HiraModel
+    layers = [module for module in model.modules() if isinstance(module, hira.HiraLayer)]
+    assert [layer.r["default"] for layer in layers] == [2, 3]
+    model.save_pretrained(tmp_path)
+    x = torch.randn(6, 4)
+    base = two_linear()
+    base.load_state_dict(model.unload().state_dict())
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    adapted = [module for module in loaded.modules() if isinstance(module, hira.HiraLayer)]
+    assert isinstance(loaded.peft_config["default"], hira.HiraConfig)
+    assert all(
+        torch.equal(new.get_delta_weight("default"), old.get_delta_weight("default"))
+        for new, old in zip(adapted, layers, strict=True)
+    )
+    assert not torch.equal(loaded(x), base[2].base_layer(torch.relu(base[0].base_layer(x))))
+
+
+def test_a_model_with_stock_layers_is_refused():
+    with stock_peft():
+        stock = peft.get_peft_model(two_linear(), peft.HiraConfig(r=2, target_modules=["0"], init_weights=False))
+    x = torch.randn(6, 4)
+    expected = stock(x)
+    base = stock.base_model.model
+    modules = {name: type(module) for name, module in base.named_modules()}
+    refusal = (
+        r"^0 is a layer of PEFT's own HiRA, made before hira was imported\. Import hira first and make the adapter"
+    )
+    config = hira.HiraConfig(r=2, target_modules=["2"])
+    with pytest.raises(hira.HiraError, match=refusal):
+        peft.get_peft_model(base, config)
+    with pytest.raises(hira.HiraError, match=refusal):
+        peft.inject_adapter_in_model(config, base)
+    with pytest.raises(hira.HiraError, match=refusal):
+        peft.get_peft_model(base, config, mixed=True)
+    with pytest.raises(hira.HiraError, match=refusal):
+        stock.add_adapter("other", config)
+    assert list(stock.peft_config) == ["default"]
+    assert {name: type(module) for name, module in base.named_modules()} == modules
+    assert torch.equal(stock(x), expected)
+
+
+def test_a_model_with_stock_layers_goes_on_after_unregister():
+    """The other thing that the refusal advises."""
+    with stock_peft():
+        stock = peft.get_peft_model(two_linear(), peft.HiraConfig(r=2, target_modules=["0"]))
+        stock.add_adapter("other", peft.HiraConfig(r=3, target_modules=["0", "2"]))
+        assert stock.base_model.model[0].r == {"default": 2, "other": 3}
+
+
+def test_what_the_refusal_advises_works(tmp_path):
+    with stock_peft():
+        stock = peft.get_peft_model(two_linear(), peft.HiraConfig(r=2, target_modules=["0"], init_weights=False))
+    x = torch.randn(6, 4)
+    expected = stock(x)
+    stock.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(stock.unload(), tmp_path)
+    assert isinstance(model.base_model.model[0], hira.Linear)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_models_keep_their_layers_after_unregister():
+    model = peft.get_peft_model(two_linear(), peft.HiraConfig(r=2, target_modules=["0"], init_weights=False))
+    x = torch.randn(6, 4)
+    expected = model(x)
+    with stock_peft():
+        assert torch.equal(model(x), expected)
+        fresh = peft.get_peft_model(two_linear(), peft.HiraConfig(r=2, target_modules=["0"]))
+        assert type(fresh.base_model).__module__ == "peft.tuners.hira.model"
+        assert not any(isinstance(module, hira.HiraLayer) for module in fresh.modules())
+    assert torch.equal(model(x), expected)
