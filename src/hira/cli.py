@@ -68,7 +68,7 @@ def env() -> None:
     table.add_row("linear", f"one product with W', formed in blocks of {entries:,} entries; PyTorch operators")
     table.add_row("embedding", "the rows that are looked up; PyTorch operators")
     table.add_row("convolution", "one convolution with W', formed whole; PyTorch operators")
-    table.add_row("torch.compile", "linear products are opaque operators, the rest is traced")
+    table.add_row("torch.compile", "opaque operators for linear products and kernels, the rest is traced")
     Console().print(table)
 
 

@@ -80,8 +80,7 @@ class _Conv(torch.autograd.Function):
         geometry: Geometry,
         update_only: bool,
     ) -> Tensor:
-        function = torch.ops.hira.form_kernel if torch.compiler.is_compiling() else form_kernel
-        weight = function(W0, A, B, x.dtype, update_only)
+        weight = form_kernel(W0, A, B, x.dtype, update_only)
         with no_autocast(x.device):
             return torch.convolution(
                 x,
@@ -107,8 +106,7 @@ class _Conv(torch.autograd.Function):
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        function = torch.ops.hira.form_kernel if torch.compiler.is_compiling() else form_kernel
-        weight = function(W0, A, B, x.dtype, ctx.update_only)
+        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only)
         dW0 = dA = dB = None
         with no_autocast(dy.device):
             dx, G, dbias = torch.ops.aten.convolution_backward(
@@ -138,6 +136,9 @@ class _Conv(torch.autograd.Function):
 
 def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False) -> Tensor:
     """Form W' of W0 (out, in / groups, *kernel) over flattened kernels, rounded once to ``dtype``."""
+    if torch.compiler.is_compiling():
+        weight: Tensor = torch.ops.hira.form_kernel(W0, A, B, dtype, update_only)
+        return weight
     return form(W0.flatten(1), A.flatten(1), B.flatten(1), dtype, update_only=update_only).view(W0.shape)
 
 

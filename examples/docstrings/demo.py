@@ -1,0 +1,118 @@
+"""Fine-tune MiniLM to tell which standard-library package a docstring is from: the head alone, LoRA, and HiRA.
+
+    python demo.py [--quick] [--output FOLDER] [--seed N]
+
+Each method trains at the learning rates that search.py found for it on the validation split.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+from datasets import DatasetDict
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from data import load_docstrings
+from model import compute_logits
+from training import METHODS, RATES_FILE, STEPS, Method, Rates, Run, tokenize, train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+QUICK_STEPS = 6
+QUICK_ROWS = 64  # of every split
+COMPARED_TEXTS = 8
+
+
+def main() -> None:
+    """Train, compare, save, and load again in a fresh process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for adapter and curves")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    steps = QUICK_STEPS if options.quick else STEPS
+
+    texts = load_docstrings()
+    if options.quick:
+        texts = DatasetDict({name: split.shuffle(seed=0).select(range(QUICK_ROWS)) for name, split in texts.items()})
+    data = tokenize(texts)
+    print(", ".join(f"{len(split)} texts to {name}" for name, split in data.items()))
+
+    found = json.loads(RATES_FILE.read_text())["methods"]
+    rates: dict[Method, Rates] = {method: Rates(**found[method]["rates"]) for method in METHODS}
+    runs: dict[Method, Run] = {}
+    for method in METHODS:
+        print(f"\n{method}")
+        runs[method] = train(method, rates[method], data, options.seed, steps, options.output / "trainer")
+
+    save_and_reload(runs["HiRA"].trainer.model, texts["test"]["text"][:COMPARED_TEXTS], options.output)
+    draw(runs, options.output / "curves.png")
+    report(runs, rates, data)
+
+
+def save_and_reload(model: PeftModel, texts: list[str], output: Path) -> None:
+    """Save the adapter and some logits; a fresh process loads, merges and compares them."""
+    adapter = output / "adapter"
+    model.save_pretrained(adapter)
+    save_file({"logits": compute_logits(model, texts)}, output / "logits.safetensors")
+    (output / "texts.json").write_text(json.dumps(texts))
+    print(f"\nSaved the adapter to {adapter}; a fresh process loads it:")
+    subprocess.run([sys.executable, Path(__file__).with_name("reload.py"), output], check=True)
+
+
+def draw(runs: dict[Method, Run], path: Path) -> None:
+    """Draw training loss and validation accuracy by step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method, run in runs.items():
+        left.plot(*run.curve("loss"), label=method)
+        right.plot(*run.curve("eval_accuracy"), marker="o", label=method)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="step", ylabel="validation accuracy")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"Drew {path}")
+
+
+def report(runs: dict[Method, Run], rates: dict[Method, Rates], data: DatasetDict) -> None:
+    """Print the table, with the accuracies on texts that neither training nor the search has seen."""
+    table = Table(title=f"Which of {1 + max(data['test']['label'])} packages is a docstring from?")
+    for column in (
+        "",
+        "trainable",
+        "of them adapter",
+        "head's rate",
+        "adapter's rate",
+        "seconds",
+        "validation",
+        "test",
+    ):
+        table.add_column(column, justify="right")
+    for method, run in runs.items():
+        trainable = {name: p.numel() for name, p in run.trainer.model.named_parameters() if p.requires_grad}
+        adapter = sum(size for name, size in trainable.items() if "classifier" not in name)
+        test = run.trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
+        table.add_row(
+            method,
+            f"{sum(trainable.values()):,}",
+            f"{adapter:,}",
+            f"{rates[method].head:g}",
+            "" if rates[method].adapter is None else f"{rates[method].adapter:g}",
+            f"{run.seconds:.0f}",
+            f"{run.curve('eval_accuracy')[1][-1]:.3f}",
+            f"{test:.3f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The example runs from end to end, in small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "docstrings"
+
+
+def test_the_demo(tmp_path):
+    command = [sys.executable, EXAMPLE / "demo.py", "--quick", "--output", tmp_path]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "trainable params: " in finished.stdout
+    assert "merged: largest difference" in finished.stdout
+    assert "HiRA" in finished.stdout.splitlines()[-2]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
