@@ -9,10 +9,10 @@ import sys
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hira.errors import HiraError
 from hira.layer import Linear
 from hira.ops.linear import Dequantize
 from hira.weights import Storage
@@ -25,7 +25,8 @@ class Packed4bit(Storage):
 
     @property
     def dequantize(self) -> Dequantize:
-        return partial(_dequantize_4bit, state=self.layer.weight.quant_state)
+        state = getattr(self.layer.weight, "quant_state", None)
+        return partial(_dequantize_4bit, state=_quantised(state, self.layer))
 
     def write(self, weight: Tensor) -> None:
         old = self.layer.weight
@@ -85,7 +86,7 @@ class RowwiseInt8(Storage):
 
     def _scales(self) -> Tensor:
         state = self.layer.state
-        scales: Tensor = self.layer.weight.SCB if state.SCB is None else state.SCB
+        scales: Tensor = _quantised(self.layer.weight.SCB if state.SCB is None else state.SCB, self.layer)
         return scales
 
     def _install(self, snapshot: _Int8Snapshot) -> None:
@@ -93,6 +94,15 @@ class RowwiseInt8(Storage):
         weight.CB = weight.SCB = None
         self.layer.weight = weight
         self.layer.state.CB, self.layer.state.SCB = codes, scales
+
+
+def _quantised(statistics: Any, layer: nn.Module) -> Any:
+    if statistics is None:
+        raise HiraError(
+            f"The weight of {type(layer).__name__} is not quantised yet: bitsandbytes does so when the model is moved "
+            "to its device; call model.to(device) first."
+        )
+    return statistics
 
 
 def _dequantize_4bit(packed: Tensor, state: Any) -> Tensor:
@@ -175,5 +185,6 @@ def _dispatch(
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if bnb is None or not isinstance(base, getattr(bnb.nn, name)):
         return None
-    quantised = base.weight.dtype == torch.int8 or getattr(base.weight, "quant_state", None) is not None
-    return layer(target, adapter_name, config, r) if quantised else None
+    # one that is not quantised yet will be, on the way to its device; an 8-bit layer may be told to keep floats
+    keeps_floats = layer is Linear8bitLt and base.state.has_fp16_weights
+    return None if keeps_floats else layer(target, adapter_name, config, r)

@@ -1,0 +1,256 @@
+"""HiraConfig: what it accepts, what it refuses and why, and its JSON, which is that of PEFT's HiraConfig."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import peft
+import pytest
+import torch
+from conftest import stock_peft
+from peft.utils import PeftType
+from safetensors.torch import save_file
+
+import hira
+from hira import HiraConfig, HiraError
+from hira.config import check_adapter_file, check_config, check_init_weights, check_rank
+
+names = st.text("abcxyz._0123456789", min_size=1, max_size=8)
+lists = st.lists(names, min_size=1, max_size=3, unique=True)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "r": st.integers(1, 1024),
+        "target_modules": st.one_of(st.none(), lists, st.just("all-linear")),
+        "exclude_modules": st.one_of(st.none(), lists, names),
+        "hira_dropout": st.floats(0, 1, exclude_max=True) | st.just(0),
+        "fan_in_fan_out": st.booleans(),
+        "modules_to_save": st.none() | lists,
+        "init_weights": st.sampled_from([True, False, None, "gaussian"]),
+        "rank_pattern": st.none() | st.dictionaries(names, st.integers(1, 64), max_size=3),
+        "base_model_name_or_path": st.none() | names,
+        "inference_mode": st.booleans(),
+        "revision": st.none() | names,
+    },
+)
+LAYERS = {"target_modules": ["q"], "layers_to_transform": [0, 3], "layers_pattern": "h"}
+
+
+def fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def written(config: Any, folder: Path) -> dict[str, Any]:
+    """adapter_config.json, with the lists that are written from sets in order."""
+    config.save_pretrained(folder)
+    found = json.loads((folder / "adapter_config.json").read_text())
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(found[name], list):
+            found[name].sort()
+    return found
+
+
+# Values
+
+
+def test_the_fields_and_defaults_are_those_of_peft():
+    with stock_peft():
+        stock = peft.HiraConfig
+    assert peft.HiraConfig is HiraConfig is not stock
+    assert [field.name for field in dataclasses.fields(HiraConfig)] == [f.name for f in dataclasses.fields(stock)]
+    assert fields(HiraConfig()) == fields(stock())
+    assert HiraConfig().peft_type is PeftType.HIRA
+    assert all(field.metadata.get("help") for field in dataclasses.fields(HiraConfig) if field.name in LAYERS)
+
+
+def test_names_become_sets_and_expressions_stay():
+    config = HiraConfig(target_modules=["q", "v", "q"], exclude_modules=["lm_head"])
+    assert (config.target_modules, config.exclude_modules) == ({"q", "v"}, {"lm_head"})
+    config = HiraConfig(target_modules=r".*\.q", exclude_modules=r".*\.0\.q")
+    assert (config.target_modules, config.exclude_modules) == (r".*\.q", r".*\.0\.q")
+    assert HiraConfig(target_modules="all-linear").target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("dropout", [0, 0.0, 0.5, math.nextafter(1, 0)])
+@pytest.mark.parametrize("init_weights", [True, False, None, "gaussian"])
+def test_good_values(dropout, init_weights):
+    config = HiraConfig(r=1, hira_dropout=dropout, init_weights=init_weights, rank_pattern=None, **LAYERS)
+    assert (config.r, config.hira_dropout, config.init_weights) == (1, dropout, init_weights)
+    check_config(config)
+    assert copy.deepcopy(config) == config
+
+
+# Refusals
+
+
+RANKS = [0, -1, True, False, "8", 8.0, None, [8], math.nan]
+
+
+@pytest.mark.parametrize("r", RANKS, ids=repr)
+def test_bad_ranks(r):
+    with pytest.raises(HiraError) as refused:
+        HiraConfig(r=r)
+    assert str(refused.value) == f"`r` should be a positive integer, but r is {r!r}."
+    with pytest.raises(HiraError) as refused:
+        HiraConfig(rank_pattern={"fine": 2, "layers.0.q": r})
+    assert str(refused.value) == f"`r` should be a positive integer, but rank_pattern['layers.0.q'] is {r!r}."
+    with pytest.raises(HiraError, match=r"^`r` should be a positive integer, but the rank is "):
+        check_rank(r, "the rank")
+
+
+@pytest.mark.parametrize("dropout", [1, 1.0, 1.5, -0.1, True, False, "0.1", None, math.nan, math.inf, 0j], ids=repr)
+def test_bad_dropout(dropout):
+    with pytest.raises(HiraError) as refused:
+        HiraConfig(hira_dropout=dropout)
+    assert str(refused.value) == f"hira_dropout must be a number in [0, 1), not {dropout!r}."
+
+
+@pytest.mark.parametrize("init_weights", ["", "Gaussian", "pissa", "true", 0, 1, 1.0, ["gaussian"]], ids=repr)
+def test_bad_starts(init_weights):
+    message = f"init_weights must be True, False, None or 'gaussian', not {init_weights!r}."
+    with pytest.raises(HiraError) as refused:
+        HiraConfig(init_weights=init_weights)
+    assert str(refused.value) == message
+    with pytest.raises(HiraError) as refused:
+        check_init_weights(init_weights)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("pattern", [["q"], "q", 4, [("q", 4)], True], ids=repr)
+def test_bad_rank_patterns(pattern):
+    with pytest.raises(HiraError) as refused:
+        HiraConfig(rank_pattern=pattern)
+    assert str(refused.value) == f"rank_pattern must map names to ranks, not be {pattern!r}."
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers_to_transform", [0]), ("layers_pattern", "h")])
+def test_layers_with_an_expression(name, value):
+    message = (
+        rf"^`{name}` cannot be used when `target_modules` is a str: select the layers in the regular expression, or"
+    )
+    with pytest.raises(HiraError, match=message):
+        HiraConfig(target_modules=".*q", **{name: value})
+    assert HiraConfig(target_modules=["q"], layers_to_transform=[0]).layers_to_transform == [0]
+
+
+def test_errors_are_value_errors():
+    """As those that PEFT raises, so that code written for it catches them."""
+    with pytest.raises(ValueError, match="should be a positive integer"):
+        HiraConfig(r=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r", 0, "but r is 0"),
+        ("hira_dropout", 2.0, r"in \[0, 1\), not 2\.0"),
+        ("init_weights", "olora", "not 'olora'"),
+        ("rank_pattern", {"q": 0}, r"but rank_pattern\['q'\] is 0"),
+    ],
+)
+def test_a_stock_config_is_checked_too(name, value, message):
+    with stock_peft():
+        config = peft.HiraConfig()
+    check_config(config)
+    setattr(config, name, value)
+    with pytest.raises(HiraError, match=message):
+        check_config(config)
+
+
+# JSON
+
+
+@hypothesis.given(OPTIONS)
+def test_the_file_is_the_same_and_loads_in_the_other(options):
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary, name) for name in ("ours", "stock")]
+        ours = HiraConfig(**options)
+        with stock_peft():
+            stock = peft.HiraConfig(**options)
+            assert written(ours, folders[0]) == written(stock, folders[1])
+            loaded = peft.PeftConfig.from_pretrained(folders[0])
+            assert type(loaded) is peft.HiraConfig
+            again = peft.HiraConfig.from_pretrained(folders[1])
+            assert fields(loaded) == fields(again)
+        for folder in folders:
+            for cls in (peft.PeftConfig, HiraConfig):
+                mine = cls.from_pretrained(folder)
+                assert type(mine) is HiraConfig
+                assert fields(mine) == fields(loaded)
+        assert fields(mine) == {**fields(ours), "inference_mode": mine.inference_mode}
+
+
+def test_every_field_is_written(tmp_path):
+    options = {"hira_dropout": 0.25, "rank_pattern": {"q": 2}, "exclude_modules": ["v"], "modules_to_save": ["head"]}
+    found = written(HiraConfig(r=5, init_weights="gaussian", fan_in_fan_out=True, **options, **LAYERS), tmp_path)
+    expected = {"peft_type": "HIRA", "r": 5, "init_weights": "gaussian", "fan_in_fan_out": True, **options, **LAYERS}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_field_of_a_later_version_is_left_out(tmp_path):
+    HiraConfig(r=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hira_scale": 2}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['hira_scale'\] for class HiraConfig"):
+        assert HiraConfig.from_pretrained(tmp_path).r == 3
+
+
+def test_a_file_with_a_bad_value_is_refused(tmp_path):
+    HiraConfig(r=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 0}))
+    for cls in (peft.PeftConfig, HiraConfig):
+        with pytest.raises(HiraError, match="but r is 0"):
+            cls.from_pretrained(tmp_path)
+
+
+def test_a_stock_config_object_works():
+    with stock_peft():
+        config = peft.HiraConfig(r=3, target_modules=["0"], hira_dropout=0.5, rank_pattern={"0": 2})
+    assert not isinstance(config, HiraConfig)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 5)), config)
+    layer = model.base_model.model[0]
+    assert type(layer) is hira.Linear
+    assert layer.r == {"default": 2}
+    assert layer.hira_dropout["default"].p == 0.5
+
+
+# The adapter's file
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    HiraConfig(r=3).save_pretrained(tmp_path / "sub")
+    save_file({"a": torch.ones(40)}, tmp_path / "sub" / "adapter_model.safetensors")
+    return tmp_path / "sub" / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 30, -1])
+def test_a_truncated_file_is_named(adapter, keep):
+    adapter.write_bytes(adapter.read_bytes()[:keep])
+    message = (
+        rf"^{adapter} is not a readable safetensors file \(.+\)\. It may be truncated: copy or download it again\.$"
+    )
+    for load in (
+        lambda: check_adapter_file(adapter),
+        lambda: HiraConfig.from_pretrained(adapter.parent),
+        lambda: HiraConfig.from_pretrained(str(adapter.parent.parent), subfolder="sub"),
+    ):
+        with pytest.raises(HiraError, match=message):
+            load()
+
+
+def test_a_good_file_and_none(adapter):
+    assert HiraConfig.from_pretrained(adapter.parent).r == 3
+    assert HiraConfig.from_pretrained(str(adapter.parent.parent), subfolder="sub").r == 3
+    adapter.unlink()
+    check_adapter_file(adapter)
+    assert HiraConfig.from_pretrained(adapter.parent).r == 3
