@@ -1,4 +1,4 @@
-"""Each kind of layer against its base layer with the reference's W' in the place of W0, in float64."""
+"""Each kind of layer: as its base layer with the reference's W' in the place of W0, in float64; and what it costs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import address, kept_for_backward
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -280,3 +283,98 @@ def test_the_weight_of_a_depthwise_convolution_is_the_adapted_one():
     layer.enable_adapters(True)
     layer.merge()
     assert layer.weight is layer.get_base_layer().weight
+
+
+# Costs
+
+WIDE = {
+    "linear": Case(hira.Linear, linear(64, 48), (2, 64)),
+    "Conv1D": Case(hira.Linear, lambda: Conv1D(48, 64), (2, 64)),
+    "embedding": Case(hira.Embedding, lambda: nn.Embedding(64, 48), ()),
+    "1d": Case(hira.Conv1d, conv(1, 24, 16, 5), (1, 24, 6)),
+    "2d reflect": Case(hira.Conv2d, conv(2, 16, 12, 3, padding=1, padding_mode="reflect"), (1, 16, 2, 2)),
+    "3d grouped": Case(hira.Conv3d, conv(3, 8, 16, 3, groups=2), (1, 8, 4, 4, 3)),
+}
+
+
+def input_of(case: Case, dtype: torch.dtype) -> Tensor:
+    return torch.randn(case.x, dtype=dtype, requires_grad=True) if case.x else IDS
+
+
+def twice(layer: hira.HiraLayer) -> hira.HiraLayer:
+    """With the active adapters of ranks 3 and 2."""
+    layer.update_layer("second", 2, hira.HiraConfig(r=2, init_weights=False))
+    layer.set_adapter(["default", "second"])
+    return layer
+
+
+@pytest.mark.parametrize("form", ["plain", "several adapters", "hooked", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_nothing_of_the_weights_size_is_kept_but_the_weight(case, dtype, form):
+    layer = adapted(case, dtype)
+    layer.get_base_layer().requires_grad_(False)
+    for name in layer.factor_names:
+        getattr(layer, name).float()
+    if form == "several adapters":
+        twice(layer)
+    if form == "hooked":
+        layer.get_base_layer().register_forward_hook(lambda module, args, y: None)
+    if form == "dropout":
+        layer.hira_dropout["default"] = nn.Dropout(0.5)
+    x, W0 = input_of(case, dtype), layer.get_base_layer().weight
+    kept = kept_for_backward(lambda: layer(x))
+    kept.pop(address(W0), None)
+    assert kept
+    assert max(kept.values()) < W0.untyped_storage().nbytes()
+
+
+def test_what_is_kept_is_seen():
+    """The law has to fail for the plain expression, which keeps W0 * BA."""
+    layer = adapted(WIDE["linear"], torch.float32)
+    layer.get_base_layer().requires_grad_(False)
+    x, W0 = input_of(WIDE["linear"], torch.float32), layer.get_base_layer().weight
+    kept = kept_for_backward(lambda: of_reference(layer, x))
+    kept.pop(address(W0), None)
+    assert max(kept.values()) >= W0.nbytes
+
+
+def operations(layer: hira.HiraLayer, x: Tensor) -> int:
+    """Of a training step. The counter by itself does not see products that are added in place."""
+
+    def in_place(_, a, b, **__):  # shapes
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        layer(x).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_several_adapters_cost_one_of_the_summed_rank(case):
+    layers = twice(adapted(case)), adapted(case._replace(r=5))
+    for layer in layers:
+        layer.double().get_base_layer().requires_grad_(False)
+    x = input_of(case, torch.float64)
+    several, one = (operations(layer, x) for layer in layers)
+    assert 0 < several == one
+    layers[0].get_base_layer().register_forward_hook(lambda module, args, y: None)
+    if case.x:  # two products cost more; of an embedding the base has none
+        assert operations(layers[0], x) > several
+
+
+@pytest.mark.parametrize("name", ["linear", "Conv1D", "1d", "embedding"])
+def test_compiled_as_one_graph_for_all_lengths(name):
+    case = WIDE[name]
+    layer = adapted(case)
+    layer.get_base_layer().requires_grad_(False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for length in (11, 7, 16):
+        x = torch.randn(length, *case.x[1:], dtype=torch.float64) if case.x else torch.arange(length)
+        y, expected = compiled(x), layer(x)
+        torch.testing.assert_close(y, expected, **EXACT)
+        found, wanted = (gradients(result, list(factors(layer))) for result in (y, expected))
+        for mine, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, other, **EXACT)
+    assert counter.frame_count == 1

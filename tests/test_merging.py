@@ -355,6 +355,16 @@ def test_safe_merge_of_a_second_adapter():
     layer.check_merge(["a", "c"])
 
 
+def test_a_safe_merge_of_a_second_adapter_is_checked_on_the_base_weight():
+    layer = several().float()
+    with torch.no_grad():
+        layer.hira_B["a"].fill_(1e25)  # squared it would not be finite
+    layer.merge(safe_merge=True, adapter_names=["a"])
+    layer.merge(safe_merge=True, adapter_names=["b"])
+    assert layer.merged_adapters == ["a", "b"]
+    assert layer.get_base_layer().weight.isfinite().all()
+
+
 def test_a_merge_without_the_check_does_as_told():
     layer = several()
     W0 = layer.get_base_layer().weight

@@ -254,6 +254,8 @@ def test_arguments_reach_the_base_layer():
     torch.testing.assert_close(layer(x), base + update(layer, x), **EXACT)
     torch.testing.assert_close(layer(x, 2.0, shift=1.0), 2 * base + 1 + update(layer, x), **EXACT)
     torch.testing.assert_close(layer(x, scale=3.0), 3 * base + update(layer, x), **EXACT)
+    with pytest.raises(TypeError):  # as the base layer says, instead of leaving them out
+        adapted()(x, 2.0)
 
 
 @pytest.mark.parametrize("merge_inner", [False, True])

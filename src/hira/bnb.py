@@ -153,8 +153,6 @@ class Linear8bitLt(Linear):
         base_layer, adapter_name, config, r: as for Linear.
     """
 
-    plain_forwards = ()
-
     @property
     def storage(self) -> Storage:
         return RowwiseInt8(self.get_base_layer())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -154,7 +155,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         As, Bs = ([factors[name] for name in names] for factors in self._factor_dicts)
         if len(names) == 1:
             return As[0], Bs[0]
-        dtype = torch.promote_types(As[0].dtype, As[-1].dtype)
+        dtype = reduce(torch.promote_types, (A.dtype for A in As))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
