@@ -484,6 +484,33 @@ def test_a_base_weight_loaded_between_two_merges_is_the_base_of_the_second():
     )
 
 
+@pytest.mark.parametrize("unload", [False, True])
+def test_merging_again_after_a_base_weight_was_loaded(unload):
+    """The adapter counts as unmerged from then on, and so is not left out as merged already."""
+    layer = several()
+    layer.set_adapter(["a"])
+    layer.merge()
+    other = torch.randn(5, 7).double()
+    layer.get_base_layer().load_state_dict({"weight": other, "bias": torch.zeros(5)})
+    with pytest.warns(UserWarning, match="was replaced while"):
+        layer.unload_and_optionally_merge_module(True, False, None) if unload else layer.merge()
+    expected = other * (1 + layer.hira_B["a"] @ layer.hira_A["a"])
+    torch.testing.assert_close(layer.get_base_layer().weight, expected, **EXACT)
+
+
+def test_a_safe_merge_checks_the_base_weight_that_was_loaded_while_merged():
+    layer = several()
+    layer.merge(adapter_names=["a"])
+    other = torch.randn(5, 7).double()
+    other[1, 2] = math.inf
+    layer.get_base_layer().load_state_dict({"weight": other, "bias": torch.zeros(5)})
+    message = r"The adapter b seems to be broken: W0 \* \(1 \+ BA\) of this layer would not be finite"
+    with pytest.warns(UserWarning, match="was replaced while"), pytest.raises(HiraError, match=message):
+        layer.merge(safe_merge=True, adapter_names=["b"])
+    assert torch.equal(layer.get_base_layer().weight, other)
+    assert not layer.merged
+
+
 def test_loading_what_was_saved_while_merged_changes_nothing(recwarn):
     layer = several()
     W0 = layer.get_base_layer().weight

@@ -57,12 +57,12 @@ class MergeableLayer(BaseTunerLayer):
         Raises:
             HiraError: with `safe_merge`, W' is not finite; nothing is changed.
         """
+        self._settle()
         names = self._names_to_merge(adapter_names)
         if not names:
             return
         if safe_merge:
             self.check_merge(names)
-        self._settle()
         original = self._record.original if self._record else self.storage.snapshot()
         self._write_merged([*self.merged_adapters, *names], original)
         self._record = _Record(original, self.get_base_layer().weight, self.get_base_layer().weight._version)
@@ -79,7 +79,8 @@ class MergeableLayer(BaseTunerLayer):
         self._forget_merge()
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise a HiraError if merging some adapters would give a weight that is not finite; changes nothing."""
+        """Raise a HiraError if merging some adapters would give a weight that is not finite; changes no weight."""
+        self._settle()
         names = self._present(self.active_adapters if adapter_names is None else adapter_names)
         new = [name for name in names if name not in self.merged_adapters]
         if new and not self._merges_finite([*self.merged_adapters, *new]):
@@ -92,11 +93,11 @@ class MergeableLayer(BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the base layer, merged if asked for, without keeping a copy of W0; PEFT calls this to unload."""
+        self._settle()
         names = self._names_to_merge(adapter_names) if merge else []
         if names:
             if safe_merge:
                 self.check_merge(names)
-            self._settle()
             original = self._record.original if self._record else self.storage.snapshot()
             self._write_merged([*self.merged_adapters, *names], original)
         self._forget_merge()
