@@ -86,31 +86,20 @@ def draw(runs: dict[Method, Run], path: Path) -> None:
 def report(runs: dict[Method, Run], rates: dict[Method, Rates], data: DatasetDict) -> None:
     """Print the table, with the accuracies on texts that neither training nor the search has seen."""
     table = Table(title=f"Which of {1 + max(data['test']['label'])} packages is a docstring from?")
-    for column in (
-        "",
-        "trainable",
-        "of them adapter",
-        "head's rate",
-        "adapter's rate",
-        "seconds",
-        "validation",
-        "test",
-    ):
+    for column in ("", "trainable", "learning rates*", "seconds", "validation", "test"):
         table.add_column(column, justify="right")
     for method, run in runs.items():
-        trainable = {name: p.numel() for name, p in run.trainer.model.named_parameters() if p.requires_grad}
-        adapter = sum(size for name, size in trainable.items() if "classifier" not in name)
+        trainable = sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
         test = run.trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
         table.add_row(
             method,
-            f"{sum(trainable.values()):,}",
-            f"{adapter:,}",
-            f"{rates[method].head:g}",
-            "" if rates[method].adapter is None else f"{rates[method].adapter:g}",
+            f"{trainable:,}",
+            ", ".join(f"{rate:g}" for rate in (rates[method].head, rates[method].adapter) if rate is not None),
             f"{run.seconds:.0f}",
             f"{run.curve('eval_accuracy')[1][-1]:.3f}",
             f"{test:.3f}",
         )
+    table.caption = "* of the head, of the adapter"
     Console().print(table)
 
 
