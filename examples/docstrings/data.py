@@ -77,10 +77,13 @@ def mask_name(text: str, package: str) -> str:
     """Replace every dotted word that spells the package's name by [MASK].
 
     Spellings that count: any case, "tar file" or "tar-file" for tarfile, "HTTPServer" and "http.client" for http, and
-    the name without its "lib" ("URL" for urllib, "IDLE" for idlelib).
+    the name without its "lib" ("URL" for urllib, "IDLE" for idlelib). A name of two letters ("os") counts as a
+    whole word only.
     """
     names = {package, package.removeprefix("lib").removesuffix("lib")}
-    spellings = "|".join("[ _-]?".join(name) for name in sorted(names, key=len, reverse=True) if len(name) > 2)
+    spellings = "|".join(
+        "[ _-]?".join(name) if len(name) > 2 else rf"\b{name}\b" for name in sorted(names, key=len, reverse=True)
+    )
     return re.sub(rf"[\w.]*(?:{spellings})[\w.]*", "[MASK]", text, flags=re.IGNORECASE)
 
 
