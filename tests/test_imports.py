@@ -32,7 +32,7 @@ LAYERS = [
     ["__main__"],
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of modulate
-OPS_LAYERS = [["reference"], ["modulate"], ["linear", "embedding", "conv"], ["__init__"]]
+OPS_LAYERS = [["reference", "paths"], ["modulate"], ["linear", "embedding", "conv"], ["__init__"]]
 OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib"}
 
 
@@ -88,7 +88,7 @@ def test_imports_point_down(path):
 def test_the_graph_is_not_empty():
     """The test above would pass on files that it cannot read."""
     assert {"config", "errors", "tuner_layer", "weights", "ops"} <= within(imports(SOURCE / "layer.py"))
-    assert {"", "ops.modulate"} <= within(imports(SOURCE / "cli.py"))
+    assert {"", "ops.paths"} <= within(imports(SOURCE / "cli.py"))
     assert len(FILES) > 15
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hira
 from hira import HiraError
-from hira.ops import modulate, reference
+from hira.ops import modulate, paths, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 
@@ -113,7 +113,7 @@ def layers(model: nn.Module) -> list[hira.HiraLayer]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_weight_is_that_of_the_forward_bit_for_bit(kind, dtype, block, monkeypatch):
     if block is not None:
-        monkeypatch.setattr(modulate, "CPU_BLOCK_ENTRIES", block)
+        monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", block)
     layer = adapted(kind, dtype)
     W0 = layer.get_base_layer().weight
     assert block is None or len(list(modulate.row_blocks(layer.storage.read().flatten(1)))) > 1

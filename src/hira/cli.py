@@ -55,7 +55,7 @@ def env() -> None:
     import torch
 
     import hira
-    from hira.ops import modulate
+    from hira.ops import paths
 
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
@@ -64,7 +64,7 @@ def env() -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("device", ", ".join(devices) or f"CPU, {torch.get_num_threads()} threads")
     table.add_row("PEFT's type HIRA", "hira" if hira.is_registered() else "PEFT's own")
-    entries = modulate.block_entries(torch.device("cuda" if devices else "cpu"))
+    entries = paths.block_entries(torch.device("cuda" if devices else "cpu"))
     table.add_row("linear", f"one product with W', formed in blocks of {entries:,} entries; PyTorch operators")
     table.add_row("embedding", "the rows that are looked up; PyTorch operators")
     table.add_row("convolution", "one convolution with W', formed whole; PyTorch operators")

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hira.ops import modulate
+
 TWICE = 2.0
 # Of a result that the plain expression gives exactly: one unit in the last place.
 FLOOR = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -80,7 +82,9 @@ def assert_same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory reads as NaN."""
+    """Uninitialised memory reads as NaN, and so does what earlier passes left."""
+    for buffer in modulate._scratch._buffers.values():
+        buffer.fill_(float("nan"))
     with Poison():
         assert torch.empty(1).isnan().all()
         assert torch.ones(1).new_empty(1, dtype=torch.bfloat16).isnan().all()

@@ -11,14 +11,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import linear, modulate, reference
+from hira.ops import linear, paths, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[64, 1 << 22], ids=["many blocks", "one block"])
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(modulate, "CPU_BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", request.param)
     return request.param
 
 
@@ -103,10 +103,11 @@ def test_update_only_is_the_rest_of_the_whole(bias, block_size):
 @pytest.mark.parametrize("adapter", ["same", torch.float32])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_exact_as_the_plain_expression(dtype, transposed, adapter, block_size):
+@pytest.mark.parametrize("T", [3, 20, 40])  # y is computed as a transpose for 20
+def test_as_exact_as_the_plain_expression(T, dtype, transposed, adapter, block_size):
     adapter = dtype if adapter == "same" else adapter
-    every = tensors(33, 63, 4, (2, 10), dtype, adapter, transposed=transposed)
-    dy = torch.randn(2, 10, 33)
+    every = tensors(33, 63, 4, (2, T // 2), dtype, adapter, transposed=transposed)
+    dy = torch.randn(2, T // 2, 33)
     assert_as_exact(results(linear, every, dy), results(plain, every, dy), exact_results(reference.linear, every, dy))
 
 
@@ -274,7 +275,7 @@ def test_compiled_once_for_all_lengths(options, autocast, block_size):
 
 def test_products_are_opaque_to_the_compiler(monkeypatch):
     """Three operators in the graphs, however many blocks there are."""
-    monkeypatch.setattr(modulate, "CPU_BLOCK_ENTRIES", 14)
+    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 14)
     torch._dynamo.reset()
     called = []
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import assert_same_bits, poisoned_memory, results
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hira.ops import linear, modulate, modulated_weight, reference
+from hira.ops import linear, modulate, modulated_weight, paths, reference
 
 LOW = [torch.bfloat16, torch.float16]
 # The largest relative error of one rounding to nearest.
@@ -22,7 +25,7 @@ def weights(out=37, into=29, r=3, dtype=torch.float32):
 @pytest.fixture(params=[1, 64, 300, 1 << 22])
 def block_size(request, monkeypatch):
     """From a row at a time to the whole weight at once."""
-    monkeypatch.setattr(modulate, "CPU_BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", request.param)
     return request.param
 
 
@@ -97,7 +100,7 @@ def test_autocast_does_not_reach_the_formation():
 def test_blocks_cover_the_weight_and_fit_the_workspace(rows, columns, entries, transposed, dtype):
     W0 = torch.randn(columns, rows, dtype=dtype).t() if transposed else torch.randn(rows, columns, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modulate, "CPU_BLOCK_ENTRIES", entries)
+        patch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
         by_rows, by_columns = list(modulate.row_blocks(W0)), list(modulate.column_blocks(W0))
         assert [i for s in by_rows for i in range(s.start, s.stop)] == list(range(rows))
         assert [i for s in by_columns for i in range(s.start, s.stop)] == list(range(columns))
@@ -112,9 +115,47 @@ def test_blocks_cover_the_weight_and_fit_the_workspace(rows, columns, entries, t
 def test_whole_weight_for_any_shape_and_block(rows, columns, r, entries):
     W0, A, B = (t.double() for t in weights(rows, columns, r))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modulate, "CPU_BLOCK_ENTRIES", entries)
+        patch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
         formed = modulated_weight(W0, A, B)
     torch.testing.assert_close(formed, reference.modulated_weight(W0, A, B), rtol=0, atol=1e-12)
+
+
+def test_a_thread_keeps_one_block_for_each_dtype_and_no_more(monkeypatch):
+    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 100)
+    for rows in (3, 30, 20):
+        W0, A, B = weights(rows, 10, dtype=torch.bfloat16)
+        modulated_weight(W0, A, B)
+    wide, A, B = weights(2, 300)  # a row is more than a block
+    modulated_weight(wide, A, B)
+    sizes = {dtype: buffer.numel() for dtype, buffer in modulate._scratch._buffers.items()}
+    assert sizes == {torch.float32: 100, torch.bfloat16: 100}
+
+
+def test_memory_first_taken_in_inference_mode_serves_training(monkeypatch):
+    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    W0, A, B = weights()
+    with torch.inference_mode():
+        modulated_weight(W0, A, B)
+    modulated_weight(W0, A.requires_grad_(), B).sum().backward()
+    assert A.grad is not None
+
+
+def test_threads_do_not_share_memory():
+    W0, A, B = weights(300, 200)
+    expected = modulated_weight(W0, A, B)
+    with ThreadPoolExecutor(4) as threads:
+        formed = list(threads.map(lambda k: modulated_weight(W0 * k, A, B), [1, 2, 4, 8] * 8))
+    for k, W in zip([1, 2, 4, 8] * 8, formed, strict=True):
+        assert torch.equal(W, expected * k)
+
+
+def test_traced_and_fake_tensors_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    with FakeTensorMode():
+        W0, A, B = weights()
+        assert modulated_weight(W0, A, B).shape == W0.shape
+    assert not modulate._scratch._buffers
 
 
 def test_split_depends_on_shape_alone():
@@ -195,7 +236,7 @@ def test_form_does_not_depend_on_the_number_of_tokens(dtype, block_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_form_is_the_weight_of_linear_at_the_real_block_size(dtype):
     into = 1 << 11
-    W0, A, B = weights(modulate.CPU_BLOCK_ENTRIES // into + 60, into, dtype=dtype)
+    W0, A, B = weights(paths.CPU_BLOCK_ENTRIES // into + 60, into, dtype=dtype)
     assert len(list(modulate.row_blocks(W0))) == 2
     columns = [0, 1, 1000, 2047]
     y = linear(torch.eye(into, dtype=dtype)[columns], W0, A, B)

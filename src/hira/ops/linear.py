@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hira.ops import paths
 from hira.ops.modulate import (
     Workspace,
     block,
@@ -118,11 +119,13 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
         f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
         workspace = Workspace(W0, x.dtype)
         for rows in row_blocks(W0):
-            Wt = block(W0, f, workspace, rows).t()
-            if bias is None:
-                torch.mm(x, Wt, out=y[:, rows])
+            W = block(W0, f, workspace, rows)
+            if paths.transposed(x):
+                y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
+            elif bias is None:
+                torch.mm(x, W.t(), out=y[:, rows])
             else:
-                torch.addmm(bias[rows], x, Wt, out=y[:, rows])
+                torch.addmm(bias[rows], x, W.t(), out=y[:, rows])
     return y
 
 

@@ -5,18 +5,17 @@ Derivations, the order of roundings and the choice of blocks are in docs/archite
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Entries of one block of W'. On a CPU 16 MiB of float32: products over less than that run slower, as measured in
-# docs/architecture.md. Elsewhere launches cost more than memory traffic, so blocks are larger.
-CPU_BLOCK_ENTRIES = 1 << 22
-DEVICE_BLOCK_ENTRIES = 1 << 25
+from hira.ops import paths
 
 
 class Factors(NamedTuple):
@@ -53,11 +52,6 @@ def factors(A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = Fal
     return Factors(torch.cat([A, A.new_ones(1, A.shape[1])]), torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1))
 
 
-def block_entries(device: torch.device) -> int:
-    """The number of entries that a block may have."""
-    return CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-
-
 def row_blocks(W0: Tensor) -> Iterator[slice]:
     """Split the rows of W0 (out, in) so that a block of them has a bounded number of entries.
 
@@ -65,7 +59,7 @@ def row_blocks(W0: Tensor) -> Iterator[slice]:
     products wherever it is formed.
     """
     rows, columns = W0.shape
-    step = max(1, min(rows, block_entries(W0.device) // max(columns, 1)))
+    step = max(1, min(rows, paths.block_entries(W0.device) // max(columns, 1)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -74,8 +68,27 @@ def column_blocks(W0: Tensor) -> Iterator[slice]:
     return row_blocks(W0.t())
 
 
+class _Scratch(threading.local):
+    """The memory of a thread for blocks on a CPU, at most a block for each dtype; kept, as fresh pages are slow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, entries: int, dtype: torch.dtype) -> Tensor:
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < entries:
+            with torch.inference_mode(False):  # an inference tensor could not be written to in training
+                buffer = self._buffers[dtype] = torch.empty(entries, dtype=dtype)
+        return buffer
+
+
+_scratch = _Scratch()
+
+
 class Workspace:
-    """Memory for one block of W' or of its gradient at a time, taken once for a pass over all blocks.
+    """Memory for one block of W' or of its gradient at a time, for one pass over all blocks.
+
+    On a CPU it is the thread's own, kept from pass to pass: two workspaces are never used at once.
 
     Args:
         W0: (out, in), the weight that is split into blocks.
@@ -83,10 +96,14 @@ class Workspace:
     """
 
     def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
-        entries = min(W0.numel(), max(block_entries(W0.device), *W0.shape))
+        limit = paths.block_entries(W0.device)
+        entries = min(W0.numel(), max(limit, *W0.shape))
+        # subclasses and traced tensors stand for memory that is not to be had here
+        plain = type(W0) in (Tensor, nn.Parameter) and W0.device.type == "cpu" and not torch.compiler.is_compiling()
+        take = _scratch.take if plain and entries <= limit else partial(_fresh, W0)
         exact = formation_dtype(W0.dtype)
-        self._exact = W0.new_empty(entries, dtype=exact)
-        self._rounded = self._exact if dtype == exact else W0.new_empty(entries, dtype=dtype)
+        self._exact = take(entries, exact)
+        self._rounded = self._exact if dtype == exact else take(entries, dtype)
 
     def exact(self, like: Tensor) -> Tensor:
         """A tensor in the dtype of formation, with the shape and memory layout of ``like`` (rows, columns)."""
@@ -95,6 +112,10 @@ class Workspace:
     def rounded(self, like: Tensor) -> Tensor:
         """The same in the dtype of the products; where the dtypes agree it is the same memory."""
         return _laid_out(self._rounded, like)
+
+
+def _fresh(W0: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
+    return W0.new_empty(entries, dtype=dtype)
 
 
 def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
