@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
@@ -99,7 +99,7 @@ class Workspace:
         limit = paths.block_entries(W0.device)
         entries = min(W0.numel(), max(limit, *W0.shape))
         # subclasses and traced tensors stand for memory that is not to be had here
-        plain = type(W0) in (Tensor, nn.Parameter) and W0.device.type == "cpu" and not torch.compiler.is_compiling()
+        plain = type(W0.detach()) is Tensor and W0.device.type == "cpu" and not torch.compiler.is_compiling()
         take = _scratch.take if plain and entries <= limit else partial(_fresh, W0)
         exact = formation_dtype(W0.dtype)
         self._exact = take(entries, exact)
