@@ -32,7 +32,14 @@ LAYERS = [
     ["__main__"],
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of modulate
-OPS_LAYERS = [["reference", "paths"], ["modulate"], ["linear", "embedding", "conv"], ["__init__"]]
+OPS_LAYERS = [
+    ["reference", "paths"],
+    ["workspace"],
+    ["dither"],
+    ["modulate"],
+    ["linear", "embedding", "conv"],
+    ["__init__"],
+]
 OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib"}
 
 

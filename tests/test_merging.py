@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import hira
 from hira import HiraError
 from hira.ops import modulate, paths, reference
+from hira.ops.workspace import formation_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 
@@ -42,7 +43,7 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, r: int = 3) -> hira.H
     options = {"fan_in_fan_out": True} if kind == "Conv1D" else {}
     layer = cls(base().to(dtype), "default", hira.HiraConfig(r=r, init_weights=False), **options)
     for factors in layer._factor_dicts:
-        factors.to(modulate.formation_dtype(dtype))
+        factors.to(formation_dtype(dtype))
     return layer.eval()
 
 

@@ -14,7 +14,7 @@ from hira import ops
 from hira.config import InitWeights, check_init_weights, check_rank
 from hira.errors import HiraError
 from hira.merging import MergeableLayer
-from hira.ops import modulate
+from hira.ops.workspace import formation_dtype
 from hira.weights import Storage
 
 BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
@@ -169,14 +169,14 @@ class HiraLayer(nn.Module, MergeableLayer):
             a half precision. The additive update W0 * BA is `get_additive_delta`.
         """
         A, B = self._factors([adapter])
-        dtype = modulate.formation_dtype(B.dtype)
+        dtype = formation_dtype(B.dtype)
         return self._delta(A.to(dtype), B.to(dtype)).to(B.dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
         A, B = self._factors([adapter])
         W0 = self._stored_orientation(self.storage.read().detach())
-        dtype = modulate.formation_dtype(W0.dtype)
+        dtype = formation_dtype(W0.dtype)
         return (self._delta(A.to(dtype), B.to(dtype)) * W0).to(W0.dtype)
 
     def _stored_orientation(self, W0: Tensor) -> Tensor:

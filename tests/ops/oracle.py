@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hira.ops import modulate
+from hira.ops import workspace
 
 TWICE = 2.0
 # Of a result that the plain expression gives exactly: one unit in the last place.
@@ -83,7 +83,7 @@ def assert_same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory reads as NaN, and so does what earlier passes left."""
-    for buffer in modulate._scratch._buffers.values():
+    for buffer in workspace.scratch.buffers.values():
         buffer.fill_(float("nan"))
     with Poison():
         assert torch.empty(1).isnan().all()

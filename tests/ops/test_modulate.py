@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import assert_same_bits, poisoned_memory, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hira.ops import linear, modulate, modulated_weight, paths, reference
+from hira.ops import linear, modulate, modulated_weight, paths, reference, workspace
 
 LOW = [torch.bfloat16, torch.float16]
 # The largest relative error of one rounding to nearest.
@@ -106,9 +106,9 @@ def test_blocks_cover_the_weight_and_fit_the_workspace(rows, columns, entries, t
         assert [i for s in by_columns for i in range(s.start, s.stop)] == list(range(columns))
         assert all(W0[s].numel() <= max(entries, columns) for s in by_rows)
         assert all(W0[:, s].numel() <= max(entries, rows) for s in by_columns)
-        workspace = modulate.Workspace(W0, torch.bfloat16)
+        memory = workspace.Workspace(W0, torch.bfloat16)
         for part in [*(W0[s] for s in by_rows), *(W0[:, s] for s in by_columns)]:
-            assert workspace.exact(part).shape == workspace.rounded(part).shape == part.shape
+            assert memory.exact(part).shape == memory.rounded(part).shape == part.shape
 
 
 @given(rows=st.integers(0, 12), columns=st.integers(0, 12), r=st.integers(1, 4), entries=st.integers(1, 60))
@@ -121,19 +121,19 @@ def test_whole_weight_for_any_shape_and_block(rows, columns, r, entries):
 
 
 def test_a_thread_keeps_one_block_for_each_dtype_and_no_more(monkeypatch):
-    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
     monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 100)
     for rows in (3, 30, 20):
         W0, A, B = weights(rows, 10, dtype=torch.bfloat16)
         modulated_weight(W0, A, B)
     wide, A, B = weights(2, 300)  # a row is more than a block
     modulated_weight(wide, A, B)
-    sizes = {dtype: buffer.numel() for dtype, buffer in modulate._scratch._buffers.items()}
+    sizes = {dtype: buffer.numel() for dtype, buffer in workspace.scratch.buffers.items()}
     assert sizes == {torch.float32: 100, torch.bfloat16: 100}
 
 
 def test_memory_first_taken_in_inference_mode_serves_training(monkeypatch):
-    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
     W0, A, B = weights()
     with torch.inference_mode():
         modulated_weight(W0, A, B)
@@ -151,11 +151,11 @@ def test_threads_do_not_share_memory():
 
 
 def test_traced_and_fake_tensors_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(modulate, "_scratch", modulate._Scratch())
+    monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
     with FakeTensorMode():
         W0, A, B = weights()
         assert modulated_weight(W0, A, B).shape == W0.shape
-    assert not modulate._scratch._buffers
+    assert not workspace.scratch.buffers
 
 
 def test_split_depends_on_shape_alone():
@@ -167,8 +167,8 @@ def test_split_depends_on_shape_alone():
 def test_blocks_lie_in_memory_as_the_weight_does():
     """So that the product with W0 walks both in order."""
     W0, _, _ = weights()
-    workspace = modulate.Workspace(W0, torch.bfloat16)
-    for tensor in (workspace.exact, workspace.rounded):
+    memory = workspace.Workspace(W0, torch.bfloat16)
+    for tensor in (memory.exact, memory.rounded):
         assert tensor(W0[:5]).stride() == (29, 1)
         assert tensor(W0.t()[:5]).stride() == (1, 5)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hira.ops.modulate import factors, form, formation_dtype, no_autocast, product_dtype, pull_back, weight_gradient
+from hira.ops.modulate import form, no_autocast, product_dtype, pull_back, weight_gradient
+from hira.ops.workspace import formation_dtype
 
 
 class Geometry(NamedTuple):
@@ -125,8 +126,7 @@ class _Conv(torch.autograd.Function):
             dtype = formation_dtype(W0.dtype)
             W0_, A_, B_ = W0.flatten(1), A.flatten(1).to(dtype), B.flatten(1).to(dtype)
             if need_W0:
-                f = factors(A_, B_, dtype, update_only=ctx.update_only)
-                dW0 = weight_gradient(G.flatten(1), W0_, f).view_as(W0)
+                dW0 = weight_gradient(G.flatten(1), W0_, A_, B_, update_only=ctx.update_only).view_as(W0)
             if need_A or need_B:
                 dA = torch.zeros_like(A_)
                 dB = pull_back(G.flatten(1).to(dtype), W0_, A_, B_, dA).to(B.dtype).view(B.shape)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hira.ops.modulate import formation_dtype, no_autocast
+from hira.ops import paths
+from hira.ops.dither import noise_of, round_into
+from hira.ops.modulate import no_autocast
+from hira.ops.workspace import formation_dtype
 
 
 def embedding(
@@ -61,7 +64,12 @@ def embedding(
         modulation = columns @ B.t().to(dtype)
         if not update_only:
             modulation = 1 + modulation
-        y = (F.embedding(ids, W0, sparse=sparse) * modulation).to(W0.dtype)
+        y = F.embedding(ids, W0, sparse=sparse) * modulation
+        if paths.dithers(W0.dtype, W0.dtype) and not update_only:
+            noise = noise_of(W0)
+            y = _Dithered.apply(y, noise.rows[ids], noise.columns, W0.dtype)
+        else:
+            y = y.to(W0.dtype)
         if max_norm is not None:
             norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
             y = torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
@@ -72,6 +80,23 @@ def embedding(
 def _columns(ids: Tensor, A: Tensor) -> Tensor:
     """A[:, ids] with ids' dimensions first."""
     return F.embedding(ids, A.t())
+
+
+class _Dithered(torch.autograd.Function):
+    """Rows of W', rounded as `modulate.block` rounds them; the gradient passes as through any rounding."""
+
+    @staticmethod
+    def forward(exact: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = exact.reshape(-1, exact.shape[-1]).clone()
+        return round_into(torch.empty_like(flat, dtype=dtype), flat, rows.flatten(), columns).view(exact.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return dy.to(ctx.dtype), None, None, None
 
 
 class _SparseColumns(torch.autograd.Function):

@@ -11,17 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
 from hira.ops.modulate import (
-    Workspace,
     block,
     column_blocks,
-    factors,
-    formation_dtype,
+    modulation,
     no_autocast,
     product_dtype,
     pull_back,
     row_blocks,
     weight_gradient,
 )
+from hira.ops.workspace import Workspace, formation_dtype
 
 Dequantize = Callable[[Tensor], Tensor]
 
@@ -105,9 +104,8 @@ class _Linear(torch.autograd.Function):
             factor_gradients = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
             dA, dB = factor_gradients(dy, x, W0, A, B)
         if need_W0:
-            f = factors(A, B, formation_dtype(W0.dtype), update_only=ctx.update_only)
             with no_autocast(dy.device):
-                dW0 = weight_gradient(torch.mm(dy.t(), x), W0, f)
+                dW0 = weight_gradient(torch.mm(dy.t(), x), W0, A, B, update_only=ctx.update_only)
         dbias = dy.sum(0) if need_bias else None
         return dx, dW0, dA, dB, dbias, None, None
 
@@ -116,10 +114,10 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     """x (T, in) -> y (T, out), a block of W's rows at a time."""
     y = x.new_empty(x.shape[0], W0.shape[0])
     with no_autocast(x.device):
-        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        by = modulation(W0, A, B, x.dtype, update_only=update_only)
         workspace = Workspace(W0, x.dtype)
         for rows in row_blocks(W0):
-            W = block(W0, f, workspace, rows)
+            W = block(W0, by, workspace, rows)
             if paths.transposed(x):
                 y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
             elif bias is None:
@@ -133,10 +131,10 @@ def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_o
     """dy (T, out) -> dx (T, in), a block of W's columns at a time: no sum over blocks, so each entry rounds once."""
     dx = dy.new_empty(dy.shape[0], W0.shape[1])
     with no_autocast(dy.device):
-        f = factors(A, B, formation_dtype(W0.dtype), update_only=update_only)
+        by = modulation(W0, A, B, dy.dtype, update_only=update_only)
         workspace = Workspace(W0, dy.dtype)
         for columns in column_blocks(W0):
-            torch.mm(dy, block(W0, f, workspace, columns=columns), out=dx[:, columns])
+            torch.mm(dy, block(W0, by, workspace, columns=columns), out=dx[:, columns])
     return dx
 
 

@@ -16,6 +16,9 @@ DEVICE_BLOCK_ENTRIES = 1 << 25
 # Numbers of tokens for which W' x^T is faster on a CPU than x W'^T, though y is then transposed.
 TRANSPOSED_TOKENS = range(8, 33)
 
+HALF = (torch.bfloat16, torch.float16)
+DITHER = False
+
 
 def block_entries(device: torch.device) -> int:
     """The number of entries that a block may have."""
@@ -25,3 +28,8 @@ def block_entries(device: torch.device) -> int:
 def transposed(x: Tensor) -> bool:
     """Whether y (T, out) for x (T, in) is computed as the transpose of ``W' x^T``."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] in TRANSPOSED_TOKENS
+
+
+def dithers(stored: torch.dtype, product: torch.dtype) -> bool:
+    """Whether W' is rounded with a dither: where W0 has few bits, so that its own do not spread the rounding."""
+    return DITHER and product in HALF and stored in HALF

@@ -1,0 +1,82 @@
+"""Rounding to half precision with a fixed dither, so that updates smaller than a weight's spacing are not lost.
+
+The noise of entry (i, j) is the product of two odd 16-bit integers, hashes of i and of j, wrapped to 16 bits. It is
+added to the bits that rounding drops: an entry is rounded up with the probability that its distance from the number
+below demands, over the entries of a weight, and always in the same way. The argument is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hira.ops.workspace import is_concrete
+
+_COLUMN_SALT = 0x9E3779B9
+# Entries that are rounded at a time on a CPU, so that the temporaries stay in its cache.
+_CPU_CHUNK_ENTRIES = 1 << 18
+
+
+class Noise(NamedTuple):
+    """The hashes of a weight's row and column numbers, odd int16."""
+
+    rows: Tensor  # (out,)
+    columns: Tensor  # (in,)
+
+
+def noise_of(W0: Tensor) -> Noise:
+    """The noise for a weight W0 (out, in), the same for every weight of this shape."""
+    return Noise(_hashes(W0, 0, 0), _hashes(W0, 1, _COLUMN_SALT))
+
+
+def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Round exact (m, n), float32, to out's dtype, bfloat16 or float16, and return out; exact is overwritten.
+
+    Zeros, numbers too small for a full significand, infinities and NaN are rounded to nearest, and so is every number
+    that out's dtype has: the noise is less than half a unit in the last place.
+
+    Args:
+        out: (m, n).
+        exact: (m, n), of any strides.
+        rows: (m,), the hashes of the rows' numbers.
+        columns: (n,), those of the columns'.
+    """
+    m, n = exact.shape
+    step = max(1, _CPU_CHUNK_ENTRIES // max(n, 1)) if exact.device.type == "cpu" else max(m, 1)
+    for start in range(0, m, step):
+        part = exact[start : start + step]
+        noise = rows[start : start + step, None] * columns
+        if out.dtype == torch.float16:  # drops 13 bits, not 16
+            noise = noise.bitwise_right_shift_(3).bitwise_or_(1)
+        size = part.abs()
+        limits = torch.finfo(out.dtype)
+        noise *= (size >= limits.tiny) & (size <= limits.max)
+        part.view(torch.int32).add_(noise)
+        out[start : start + step].copy_(part)
+    return out
+
+
+# Vectors of hashes by device and salt, as long as was needed; shorter weights take their beginning.
+_vectors: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _hashes(W0: Tensor, dim: int, salt: int) -> Tensor:
+    length = W0.shape[dim]
+    if not is_concrete(W0):
+        return hashes(torch.arange(length, device=W0.device), salt)
+    vector = _vectors.get((W0.device, salt))
+    if vector is None or len(vector) < length:
+        with torch.inference_mode(False):
+            vector = _vectors[W0.device, salt] = hashes(torch.arange(length, device=W0.device), salt)
+    return vector[:length]
+
+
+def hashes(numbers: Tensor, salt: int) -> Tensor:
+    """Hash integers to odd 16-bit ones: multiplications and shifts that let every bit reach every other."""
+    h = (numbers + salt) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    h = h ^ (h >> 16)
+    return ((h & 0xFFFF) - 0x8000 | 1).to(torch.int16)

@@ -1,0 +1,77 @@
+"""Memory for W' and its gradient, a block at a time."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hira.ops import paths
+
+
+def formation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which 1 + BA is formed and multiplied with W0: float64 for a float64 weight, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own here: it is of no subclass, and not a stand-in while code is traced."""
+    return type(tensor.detach()) is Tensor and not torch.compiler.is_compiling()
+
+
+class _Scratch(threading.local):
+    """The memory of a thread for blocks on a CPU, at most a block for each dtype; kept, as fresh pages are slow."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, entries: int, dtype: torch.dtype) -> Tensor:
+        buffer = self.buffers.get(dtype)
+        if buffer is None or buffer.numel() < entries:
+            with torch.inference_mode(False):  # an inference tensor could not be written to in training
+                buffer = self.buffers[dtype] = torch.empty(entries, dtype=dtype)
+        return buffer
+
+
+scratch = _Scratch()
+
+
+class Workspace:
+    """Memory for one block of W' or of its gradient at a time, for one pass over all blocks.
+
+    On a CPU it is the thread's own, kept from pass to pass: two workspaces are never used at once.
+
+    Args:
+        W0: (out, in), the weight that is split into blocks.
+        dtype: that of the products with W'.
+    """
+
+    def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
+        limit = paths.block_entries(W0.device)
+        entries = min(W0.numel(), max(limit, *W0.shape))
+        kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)
+        take = scratch.take if kept else partial(_fresh, W0)
+        exact = formation_dtype(W0.dtype)
+        self._exact = take(entries, exact)
+        self._rounded = self._exact if dtype == exact else take(entries, dtype)
+
+    def exact(self, like: Tensor) -> Tensor:
+        """A tensor in the dtype of formation, with the shape and memory layout of ``like`` (rows, columns)."""
+        return _laid_out(self._exact, like)
+
+    def rounded(self, like: Tensor) -> Tensor:
+        """The same in the dtype of the products; where the dtypes agree it is the same memory."""
+        return _laid_out(self._rounded, like)
+
+
+def _fresh(W0: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
+    return W0.new_empty(entries, dtype=dtype)
+
+
+def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
+    # the weight of a transformers `Conv1D`, seen as (out, in), lies in memory as (in, out)
+    if like.stride(0) < like.stride(1):
+        return memory[: like.numel()].view(like.shape[1], like.shape[0]).t()
+    return memory[: like.numel()].view(like.shape)
