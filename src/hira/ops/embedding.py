@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
-from hira.ops.dither import noise_of, round_into
+from hira.ops.dither import Noise, noise_of, round_into
 from hira.ops.modulate import no_autocast
 from hira.ops.workspace import formation_dtype
 
@@ -56,72 +55,88 @@ def embedding(
     Source: HiRA (ICLR 2025), equation 5, on the rows looked up.
     """
     dtype = formation_dtype(W0.dtype)
-    with no_autocast(W0.device):
-        look_up: Callable[..., Tensor] = _SparseColumns.apply if sparse else _columns
-        columns = look_up(ids, A).to(dtype)  # (*ids.shape, r)
-        if keep is not None:
-            columns = columns * keep.to(dtype).unsqueeze(-1)
-        modulation = columns @ B.t().to(dtype)
-        if not update_only:
-            modulation = 1 + modulation
-        y = F.embedding(ids, W0, sparse=sparse) * modulation
-        if paths.dithers(W0.dtype, W0.dtype) and not update_only:
-            noise = noise_of(W0)
-            y = _Dithered.apply(y, noise.rows[ids], noise.columns, W0.dtype)
-        else:
-            y = y.to(W0.dtype)
-        if max_norm is not None:
-            norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
-            y = torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
+    flat = ids.flatten()
+    rows = F.embedding(flat, W0, sparse=sparse)
+    columns: Tensor = _Columns.apply(flat, A, sparse)
+    if keep is not None:
+        columns = columns * keep.reshape(-1, 1).to(columns.dtype)
+    noise = noise_of(W0) if paths.dithers(W0.dtype, W0.dtype) and not update_only else None
+    y: Tensor = _Rows.apply(rows, columns, B, noise and Noise(noise.rows[flat], noise.columns), update_only)
+    y = y.view(*ids.shape, W0.shape[1])
+    if max_norm is not None:
+        norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
+        y = torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
     share = _gradient_share(ids, padding_idx, scale_grad_by_freq, dtype)
     return y if share is None else _ScaleGradient.apply(y, share.unsqueeze(-1))
 
 
-def _columns(ids: Tensor, A: Tensor) -> Tensor:
-    """A[:, ids] with ids' dimensions first."""
-    return F.embedding(ids, A.t())
-
-
-class _Dithered(torch.autograd.Function):
-    """Rows of W', rounded as `modulate.block` rounds them; the gradient passes as through any rounding."""
+class _Rows(torch.autograd.Function):
+    """Rows (T, dim) of the table times 1 + columns (T, r) B^T, as `modulate.block` forms and rounds them."""
 
     @staticmethod
-    def forward(exact: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        flat = exact.reshape(-1, exact.shape[-1]).clone()
-        return round_into(torch.empty_like(flat, dtype=dtype), flat, rows.flatten(), columns).view(exact.shape)
+    def forward(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, update_only: bool) -> Tensor:
+        exact = _modulation(rows, columns, B, update_only).mul_(rows)
+        if noise is None:
+            return exact.to(rows.dtype)
+        return round_into(torch.empty_like(rows), exact, noise.rows, noise.columns)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
+        rows, columns, B, _, ctx.update_only = inputs
+        ctx.save_for_backward(rows, columns, B)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return dy.to(ctx.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, B = ctx.saved_tensors
+        need_rows, need_columns, need_B, *_ = ctx.needs_input_grad
+        drows = dcolumns = dB = None
+        if need_rows:
+            drows = _modulation(rows, columns, B, ctx.update_only).mul_(dy).to(rows.dtype)
+        with no_autocast(dy.device):
+            G = rows.to(formation_dtype(rows.dtype)) * dy
+            if need_columns:
+                dcolumns = torch.mm(G, B.to(G.dtype)).to(columns.dtype)
+            if need_B:
+                dB = torch.mm(G.t(), columns.to(G.dtype)).to(B.dtype)
+        return drows, dcolumns, dB, None, None
 
 
-class _SparseColumns(torch.autograd.Function):
-    """The same with a sparse gradient; PyTorch cannot transpose the one that `F.embedding` gives."""
+def _modulation(rows: Tensor, columns: Tensor, B: Tensor, update_only: bool) -> Tensor:
+    """1 + columns B^T, or without the 1, in the dtype of formation."""
+    dtype = formation_dtype(rows.dtype)
+    with no_autocast(rows.device):
+        columns, B = columns.to(dtype), B.to(dtype)
+        if not update_only:
+            columns = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
+            B = torch.cat([B, B.new_ones(len(B), 1)], dim=1)
+        return torch.mm(columns, B.t())
+
+
+class _Columns(torch.autograd.Function):
+    """A[:, ids] as (T, r); its gradient is made in A's layout, which PyTorch's own look-up would transpose."""
 
     @staticmethod
-    def forward(ids: Tensor, A: Tensor) -> Tensor:
-        return _columns(ids, A)
+    def forward(ids: Tensor, A: Tensor, sparse: bool) -> Tensor:
+        return A.index_select(1, ids).t()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, A = inputs
+        ids, A, ctx.sparse = inputs
         ctx.shape = A.shape
         ctx.save_for_backward(ids)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
+        if not ctx.sparse:
+            return None, dcolumns.new_zeros(ctx.shape).index_add_(1, ids, dcolumns.t()), None
         r = ctx.shape[0]
-        rows = torch.arange(r, device=ids.device).repeat_interleave(ids.numel())
-        at = torch.stack([rows, ids.flatten().long().repeat(r)])
-        return None, torch.sparse_coo_tensor(
-            at, dcolumns.reshape(-1, r).t().flatten(), ctx.shape, check_invariants=False
-        )
+        factors = torch.arange(r, device=ids.device).repeat_interleave(ids.numel())
+        at = torch.stack([factors, ids.long().repeat(r)])
+        dA = torch.sparse_coo_tensor(at, dcolumns.t().flatten(), ctx.shape, check_invariants=False)
+        return None, dA, None
 
 
 def _gradient_share(
