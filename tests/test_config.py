@@ -45,7 +45,7 @@ LAYERS = {"target_modules": ["q"], "layers_to_transform": [0, 3], "layers_patter
 
 
 def fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return config.to_dict()
 
 
 def written(config: Any, folder: Path) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def test_the_fields_and_defaults_are_those_of_peft():
     with stock_peft():
         stock = peft.HiraConfig
     assert peft.HiraConfig is HiraConfig is not stock
-    assert [field.name for field in dataclasses.fields(HiraConfig)] == [f.name for f in dataclasses.fields(stock)]
+    names = [field.name for field in dataclasses.fields(HiraConfig)]
+    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient"]
     assert fields(HiraConfig()) == fields(stock())
     assert HiraConfig().peft_type is PeftType.HIRA
     assert all(field.metadata.get("help") for field in dataclasses.fields(HiraConfig) if field.name in LAYERS)
@@ -254,3 +255,18 @@ def test_a_good_file_and_none(adapter):
     adapter.unlink()
     check_adapter_file(adapter)
     assert HiraConfig.from_pretrained(adapter.parent).r == 3
+
+
+# weight_gradient, the field that PEFT has not
+
+
+def test_a_weight_gradient_that_is_not_the_default_is_saved(tmp_path):
+    assert written(HiraConfig(weight_gradient="int8"), tmp_path)["weight_gradient"] == "int8"
+    assert HiraConfig.from_pretrained(str(tmp_path)).weight_gradient == "int8"
+    with stock_peft(), pytest.warns(UserWarning, match="weight_gradient"):
+        assert not hasattr(peft.HiraConfig.from_pretrained(str(tmp_path)), "weight_gradient")
+
+
+def test_an_unknown_weight_gradient_is_refused():
+    with pytest.raises(HiraError, match=r"weight_gradient must be 'exact' or 'int8', not 'fp8'\."):
+        HiraConfig(weight_gradient="fp8")

@@ -28,14 +28,16 @@ LAYERS = [
     ["model"],
     ["mixed"],
     ["registration"],
-    ["", "cli"],
+    [""],
+    ["bench"],
+    ["cli"],
     ["__main__"],
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of modulate
 OPS_LAYERS = [
     ["reference", "paths"],
     ["workspace"],
-    ["dither"],
+    ["dither", "int8"],
     ["modulate"],
     ["linear", "embedding", "conv"],
     ["__init__"],

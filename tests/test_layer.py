@@ -378,3 +378,25 @@ def test_compiled_as_one_graph_for_all_lengths(name):
         for mine, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, other, **EXACT)
     assert counter.frame_count == 1
+
+
+# weight_gradient
+
+
+def test_a_layer_rounds_its_weights_gradient_if_all_its_adapters_say_so():
+    layer = hira.Linear(nn.Linear(40, 30), "a", hira.HiraConfig(r=4, init_weights=False, weight_gradient="int8"))
+    exact = hira.Linear(nn.Linear(40, 30), "a", hira.HiraConfig(r=4, init_weights=False))
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 50, 40)
+
+    def gradient(layer):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        return layer.hira_A["a"].grad
+
+    assert torch.equal(layer(x), exact(x))
+    assert 1e-4 < (gradient(layer) - gradient(exact)).norm() / gradient(exact).norm() < 0.05
+    layer.update_layer("b", 2, hira.HiraConfig())
+    assert torch.equal(gradient(layer), gradient(exact))
+    layer.delete_adapter("b")
+    assert not torch.equal(gradient(layer), gradient(exact))

@@ -37,10 +37,16 @@ class HiraConfig(PeftConfig):
         layers_to_transform: the indices of the layers to adapt, all by default.
         layers_pattern: the name of the list of layers that the indices are into.
         rank_pattern: ranks for modules named by the ends of their names or by regular expressions.
+        weight_gradient: how linear layers compute the gradient of their weight, which serves those of A and B alone:
+            "exact", or "int8" for a product of integers that is faster, keeps less memory, and adds noise of a per cent
+            or so to the gradients of A and B (docs/architecture.md). A layer with several adapters rounds if all of
+            them say so. Not a field of PEFT's: it is saved where it is not "exact", and what an adapter computes does
+            not depend on it.
 
     Raises:
         HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1),
-            `init_weights` is unknown, or `layers_to_transform` or `layers_pattern` goes with a regular expression.
+            `init_weights` or `weight_gradient` is unknown, or `layers_to_transform` or `layers_pattern` goes with a
+            regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """
@@ -71,6 +77,10 @@ class HiraConfig(PeftConfig):
     rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "Ranks by module name or regular expression, where not r."}
     )
+    weight_gradient: Literal["exact", "int8"] = field(
+        default="exact",
+        metadata={"help": "'exact', or 'int8': faster and leaner, with noise in the gradients of A and B."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +89,13 @@ class HiraConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         check_config(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: those that PEFT knows, and `weight_gradient` where it is not the default."""
+        fields: dict[str, Any] = super().to_dict()
+        if self.weight_gradient == "exact":
+            del fields["weight_gradient"]
+        return fields
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -102,6 +119,9 @@ def check_config(config: Any) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise HiraError(f"hira_dropout must be a number in [0, 1), not {dropout!r}.")
     check_init_weights(config.init_weights)
+    weight_gradient = getattr(config, "weight_gradient", "exact")
+    if weight_gradient not in ("exact", "int8"):
+        raise HiraError(f"weight_gradient must be 'exact' or 'int8', not {weight_gradient!r}.")
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:

@@ -66,13 +66,25 @@ class Linear(HiraLayer):
         return Transposed(base) if self.fan_in_fan_out else Storage(base)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        storage = self.storage
-        return ops.linear(x, storage.kept(), A, B, self.get_base_layer().bias, dequantize=storage.dequantize)
+        return self._linear(x, A, B, self.get_base_layer().bias)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
+        return self._linear(x if dropout is None else dropout(x), A, B, update_only=True)
+
+    def _linear(
+        self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, *, update_only: bool = False
+    ) -> Tensor:
         storage = self.storage
-        x = x if dropout is None else dropout(x)
-        return ops.linear(x, storage.kept(), A, B, update_only=True, dequantize=storage.dequantize)
+        return ops.linear(
+            x,
+            storage.kept(),
+            A,
+            B,
+            bias,
+            update_only=update_only,
+            dequantize=storage.dequantize,
+            weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
+        )
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return self._stored_orientation(B @ A)

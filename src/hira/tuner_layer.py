@@ -38,7 +38,7 @@ class HiraLayer(nn.Module, MergeableLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
     # forwards that compute the plain function of the weight, for which one product with W' stands in
     plain_forwards: tuple[Callable[..., Any], ...] = ()
@@ -50,6 +50,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.hira_dropout = nn.ModuleDict()
+        self.weight_gradient: dict[str, str] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -119,6 +120,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout > 0 else nn.Identity()
         self.hira_dropout.update({adapter_name: dropout})
         self.r[adapter_name] = r
+        self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)

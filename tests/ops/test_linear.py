@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import linear, paths, reference
+from hira.ops import int8, linear, paths, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -314,4 +314,6 @@ def test_opaque_operators_keep_their_contracts(dtype, layout, block_size):
         torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, bias, update_only))
         torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, None, update_only))
         torch.library.opcheck(torch.ops.hira.linear_input_gradient, (dy, W0, A, B, update_only))
-    torch.library.opcheck(torch.ops.hira.linear_factor_gradients, (dy, x, W0, A, B))
+    torch.library.opcheck(torch.ops.hira.linear_factor_gradients, (dy, x, W0, A, B, None))
+    codes, scale = int8.quantize(x)
+    torch.library.opcheck(torch.ops.hira.linear_factor_gradients, (dy, codes, W0, A, B, scale))

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hira.ops import paths
 from hira.ops.workspace import is_concrete
 
 _COLUMN_SALT = 0x9E3779B9
-# Entries that are rounded at a time on a CPU, so that the temporaries stay in its cache.
-_CPU_CHUNK_ENTRIES = 1 << 18
 
 
 class Noise(NamedTuple):
@@ -43,18 +42,15 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
         rows: (m,), the hashes of the rows' numbers.
         columns: (n,), those of the columns'.
     """
-    m, n = exact.shape
-    step = max(1, _CPU_CHUNK_ENTRIES // max(n, 1)) if exact.device.type == "cpu" else max(m, 1)
-    for start in range(0, m, step):
-        part = exact[start : start + step]
-        noise = rows[start : start + step, None] * columns
+    for chunk in paths.chunks(exact):
+        part, noise = exact[chunk], rows[chunk, None] * columns
         if out.dtype == torch.float16:  # drops 13 bits, not 16
             noise = noise.bitwise_right_shift_(3).bitwise_or_(1)
         size = part.abs()
         limits = torch.finfo(out.dtype)
         noise *= (size >= limits.tiny) & (size <= limits.max)
         part.view(torch.int32).add_(noise)
-        out[start : start + step].copy_(part)
+        out[chunk].copy_(part)
     return out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
+from hira.ops.int8 import product, quantize, quantize_once
 from hira.ops.modulate import (
     block,
     column_blocks,
@@ -23,6 +24,7 @@ from hira.ops.modulate import (
 from hira.ops.workspace import Workspace, formation_dtype
 
 Dequantize = Callable[[Tensor], Tensor]
+WeightGradient = Literal["exact", "int8"]
 
 
 def linear(
@@ -34,6 +36,7 @@ def linear(
     *,
     update_only: bool = False,
     dequantize: Dequantize | None = None,
+    weight_gradient: WeightGradient = "exact",
 ) -> Tensor:
     """Apply an adapted weight to x as one dense product.
 
@@ -49,12 +52,15 @@ def linear(
         update_only: leave out the 1, for a caller that adds the base layer's own output.
         dequantize: maps `weight` to W0. Called in forward and again in backward, so that no dense copy is kept; the
             product then runs in x's dtype.
+        weight_gradient: "int8" computes G, which serves dA and dB alone, from x and dy rounded to 8 bits, and keeps x
+            for backward in 8 bits. Where that cannot be, `paths.int8` says where, G is exact.
 
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
 
     Cost: for T tokens and an m by n weight, 2 T m n + 2 (r + 1) m n operations forward and at most
-    4 T m n + 6 (r + 1) m n backward. Kept for backward: x, `weight`, A and B. Temporaries: one block of W' or of G.
+    4 T m n + 6 (r + 1) m n backward, 2 T m n of these in integers with "int8". Kept for backward: x, or its codes and a
+    scale for each of their columns, `weight`, A and B. Temporaries: one block of W' or of G.
 
     Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
     """
@@ -63,7 +69,10 @@ def linear(
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])
     bias = bias if bias is None else bias.to(dtype)
-    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize)
+    wanted = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
+    rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and paths.int8(x, B.shape[0])
+    codes, scale = quantize_once(x) if rounded else (None, None)
+    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -77,6 +86,8 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         update_only: bool,
         dequantize: Dequantize | None,
+        codes: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
         W0 = weight if dequantize is None else dequantize(weight)
         function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
@@ -85,14 +96,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, _, ctx.update_only, ctx.dequantize = inputs
-        weight_gradients = any(ctx.needs_input_grad[1:4])
-        ctx.save_for_backward(x if weight_gradients else None, weight, A, B)
+        x, weight, A, B, _, ctx.update_only, ctx.dequantize, codes, scale = inputs
+        if codes is not None:
+            x = codes
+        elif not any(ctx.needs_input_grad[1:4]):
+            x = None
+        ctx.save_for_backward(x, weight, A, B, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
+        x, weight, A, B, scale = ctx.saved_tensors
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = weight if ctx.dequantize is None else ctx.dequantize(weight)
         compiling = torch.compiler.is_compiling()
@@ -102,12 +116,12 @@ class _Linear(torch.autograd.Function):
             dx = input_gradient(dy, W0, A, B, ctx.update_only)
         if need_A or need_B:
             factor_gradients = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
-            dA, dB = factor_gradients(dy, x, W0, A, B)
+            dA, dB = factor_gradients(dy, x, W0, A, B, scale)
         if need_W0:
             with no_autocast(dy.device):
                 dW0 = weight_gradient(torch.mm(dy.t(), x), W0, A, B, update_only=ctx.update_only)
         dbias = dy.sum(0) if need_bias else None
-        return dx, dW0, dA, dB, dbias, None, None
+        return dx, dW0, dA, dB, dbias, None, None, None, None
 
 
 def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
@@ -138,18 +152,34 @@ def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_o
     return dx
 
 
-def linear_factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """dy (T, out), x (T, in) -> dA (r, in), dB (out, r), a block of G's rows at a time."""
+def linear_factor_gradients(
+    dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dy (T, out), x (T, in) -> dA (r, in), dB (out, r), a block of G's rows at a time; x is codes if it has a scale.
+
+    With codes, G = diag(s) C diag(scale), where C is the product of the codes and s the scale of those of dy. The
+    scales go to the factors, which are small: dA = B^T diag(s) (C * W0) diag(scale), and dB likewise.
+    """
     dtype = formation_dtype(W0.dtype)
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)
+        if scale is not None:
+            dy, dy_scale = quantize(dy)
+            A_, B_ = A_ * scale, B_ * dy_scale.unsqueeze(1)
         dA, dB = A_.new_zeros(A_.shape), B_.new_empty(B_.shape)
-        workspace = Workspace(W0, dy.dtype)
+        workspace = Workspace(W0, torch.int32 if scale is not None else dy.dtype)
         for rows in row_blocks(W0):
             W0_ = W0[rows]
-            G = torch.mm(dy[:, rows].t(), x, out=workspace.rounded(W0_))
-            exact = G if G.dtype == dtype else workspace.exact(W0_).copy_(G)
+            memory = workspace.rounded(W0_)
+            if scale is None:
+                G = torch.mm(dy[:, rows].t(), x, out=memory)
+                exact = G if G.dtype == dtype else workspace.exact(W0_).copy_(G)
+            else:
+                exact = product(dy[:, rows], x, workspace.exact(W0_), memory)
             dB[rows] = pull_back(exact, W0_, A_, B_[rows], dA)
+        if scale is not None:
+            dA *= scale
+            dB *= dy_scale.unsqueeze(1)
     return dA.to(A.dtype), dB.to(B.dtype)
 
 
@@ -171,6 +201,6 @@ _opaque(
 )
 _opaque(
     linear_factor_gradients,
-    "(Tensor dy, Tensor x, Tensor W0, Tensor A, Tensor B) -> (Tensor, Tensor)",
-    lambda dy, x, W0, A, B: (A.new_empty(A.shape), B.new_empty(B.shape)),
+    "(Tensor dy, Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? scale) -> (Tensor, Tensor)",
+    lambda dy, x, W0, A, B, scale: (A.new_empty(A.shape), B.new_empty(B.shape)),
 )

@@ -5,6 +5,8 @@ The measurements behind the numbers are in docs/architecture.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from torch import Tensor
 # cost more than memory traffic, so blocks are larger.
 CPU_BLOCK_ENTRIES = 1 << 22
 DEVICE_BLOCK_ENTRIES = 1 << 25
+# Entries that several elementwise operations go over at a time on a CPU: what is between them stays in its cache.
+CPU_CHUNK_ENTRIES = 1 << 18
 
 # Numbers of tokens for which W' x^T is faster on a CPU than x W'^T, though y is then transposed.
 TRANSPOSED_TOKENS = range(8, 33)
@@ -25,6 +29,13 @@ def block_entries(device: torch.device) -> int:
     return CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
 
 
+def chunks(matrix: Tensor) -> Iterator[slice]:
+    """Split the rows of a matrix for a series of elementwise operations."""
+    rows, columns = matrix.shape
+    step = max(1, CPU_CHUNK_ENTRIES // max(columns, 1)) if matrix.device.type == "cpu" else max(rows, 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def transposed(x: Tensor) -> bool:
     """Whether y (T, out) for x (T, in) is computed as the transpose of ``W' x^T``."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] in TRANSPOSED_TOKENS
@@ -33,3 +44,15 @@ def transposed(x: Tensor) -> bool:
 def dithers(stored: torch.dtype, product: torch.dtype) -> bool:
     """Whether W' is rounded with a dither: where W0 has few bits, so that its own do not spread the rounding."""
     return DITHER and product in HALF and stored in HALF
+
+
+def int8(x: Tensor, out_features: int) -> bool:
+    """Whether G (out, in) for x (..., in) can be computed in 8 bits, as far as the integer product goes.
+
+    On CUDA it takes more than 16 rows and sizes that 8 divides; on a CPU torch 2.13 gets single rows and columns wrong.
+    """
+    in_features = x.shape[-1]
+    if x.device.type == "cuda":
+        tokens = x.numel() // max(in_features, 1)
+        return out_features > 16 and in_features % 8 == 0 and tokens % 8 == 0
+    return x.device.type == "cpu" and min(out_features, in_features) > 1
