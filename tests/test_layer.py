@@ -384,8 +384,9 @@ def test_compiled_as_one_graph_for_all_lengths(name):
 
 
 def test_a_layer_rounds_its_weights_gradient_if_all_its_adapters_say_so():
-    layer = hira.Linear(nn.Linear(40, 30), "a", hira.HiraConfig(r=4, init_weights=False, weight_gradient="int8"))
-    exact = hira.Linear(nn.Linear(40, 30), "a", hira.HiraConfig(r=4, init_weights=False))
+    base = nn.Linear(40, 30).requires_grad_(False)
+    layer = hira.Linear(base, "a", hira.HiraConfig(r=4, init_weights=False, weight_gradient="int8"))
+    exact = hira.Linear(base, "a", hira.HiraConfig(r=4, init_weights=False))
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(3, 50, 40)
 

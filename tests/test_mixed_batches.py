@@ -166,3 +166,16 @@ def test_bad_names_are_refused():
         logits(model, IDS, adapter_names=NAMES)
     model.unmerge_adapter()
     assert torch.equal(logits(model, IDS), before)
+
+
+def test_single_tokens_share_one_product():
+    """And rows that are no single token of an adapter, and base rows, go their own way."""
+    layer = hira.Linear(nn.Linear(6, 5), "a", hira.HiraConfig(r=2, init_weights=False))
+    layer.update_layer("b", 3, hira.HiraConfig(init_weights=False))
+    layer.update_layer("c", 1, hira.HiraConfig(init_weights=False))
+    layer.eval()
+    for names in (["a", "b", "c"], ["b", "__base__", "c", "b", "a"], ["c", "__base__", "__base__", "a"]):
+        for shape in ((len(names), 6), (len(names), 1, 6)):
+            x = torch.randn(shape)
+            alone = [layer(x[i : i + 1], adapter_names=[name]) for i, name in enumerate(names)]
+            torch.testing.assert_close(layer(x, adapter_names=names), torch.cat(alone))

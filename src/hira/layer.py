@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from hira import ops
 from hira.config import InitWeights
 from hira.errors import HiraError
-from hira.tuner_layer import HiraLayer
+from hira.inference_cache import inference_cache
+from hira.ops import modulate, paths
+from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage, Transposed
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvNd", "Embedding", "HiraLayer", "Linear"]
@@ -85,6 +88,54 @@ class Linear(HiraLayer):
             dequantize=storage.dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
         )
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            inference_cache.discard(self)
+        return super().train(mode)
+
+    def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        weight = None if args or kwargs else self._kept_weight(x, names)
+        if weight is None:
+            return super()._active(x, names, *args, **kwargs)
+        bias = self.get_base_layer().bias
+        return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
+
+    def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
+        """W' for generation, kept from token to token; None where it is better formed as it is used."""
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() or self.training:
+            inference_cache.discard(self)
+            return None
+        storage = self.storage
+        sources = [self.get_base_layer().weight, *(factors[name] for factors in self._factor_dicts for name in names)]
+        if (
+            not names
+            or not self._is_plain()
+            or storage.dequantize is not None
+            or any(t.is_inference() for t in sources)
+        ):
+            return None
+        dtype = modulate.product_dtype(x, sources[0].dtype)
+        weight = inference_cache.get(self, sources, dtype)
+        if weight is None and paths.keeps_weight(x):
+            A, B = self._factors(names)
+            form = partial(modulate.form, storage.kept(), A, B, dtype)
+            weight = inference_cache.put(self, sources, dtype, form)
+        return weight
+
+    def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
+        single = [name for name in rows if name != BASE and x[rows[name]].numel() == x.shape[-1]]
+        if args or kwargs or len(single) < 2 or not self._is_plain() or self.storage.dequantize is not None:
+            return super()._mixed_parts(x, rows, *args, **kwargs)
+        tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
+        factors = [self._factors([name]) for name in single]
+        y = ops.linear_each(tokens, self.storage.kept(), factors, self.get_base_layer().bias)
+        found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
+        others = {name: rows[name] for name in rows if name not in found}
+        found.update(zip(others, super()._mixed_parts(x, others), strict=True))
+        return [found[name] for name in rows]
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return self._stored_orientation(B @ A)

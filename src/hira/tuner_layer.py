@@ -234,8 +234,12 @@ class HiraLayer(nn.Module, MergeableLayer):
         elif self.merged:
             y = self.base_layer(x, *args, **kwargs)
         else:
-            y = self._adapted(x, self._present(self.active_adapters), *args, **kwargs)
+            y = self._active(x, self._present(self.active_adapters), *args, **kwargs)
         return y
+
+    def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output under the active adapters; a kind of layer may find it sooner than `_adapted` would."""
+        return self._adapted(x, names, *args, **kwargs)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output under some adapters: one product for those without dropout, one more for each with it."""
@@ -279,6 +283,10 @@ class HiraLayer(nn.Module, MergeableLayer):
             rows.setdefault(name if name in self._factor_dicts[0] else BASE, []).append(row)
         if len(rows) == 1:
             return self._adapted(x, self._present(list(rows)), *args, **kwargs)
-        parts = [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]
+        parts = self._mixed_parts(x, rows, *args, **kwargs)
         order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
         return torch.cat(parts)[torch.argsort(order)]
+
+    def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The outputs for the rows of each adapter, in the order of the adapters."""
+        return [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]

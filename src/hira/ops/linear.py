@@ -126,6 +126,10 @@ class _Linear(torch.autograd.Function):
 
 def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
     """x (T, in) -> y (T, out), a block of W's rows at a time."""
+    if paths.decodes(x) and not update_only:
+        from hira.ops import cuda
+
+        return cuda.decode(x, W0, A.unsqueeze(0), B.unsqueeze(0), bias=bias)
     y = x.new_empty(x.shape[0], W0.shape[0])
     with no_autocast(x.device):
         by = modulation(W0, A, B, x.dtype, update_only=update_only)
@@ -160,6 +164,10 @@ def linear_factor_gradients(
     With codes, G = diag(s) C diag(scale), where C is the product of the codes and s the scale of those of dy. The
     scales go to the factors, which are small: dA = B^T diag(s) (C * W0) diag(scale), and dB likewise.
     """
+    if paths.triton(W0) and scale is None:
+        from hira.ops import cuda
+
+        return cuda.factor_gradients(dy, x, W0, A, B)
     dtype = formation_dtype(W0.dtype)
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)

@@ -19,11 +19,12 @@ from hira.ops.workspace import Workspace, formation_dtype
 
 
 class Modulation(NamedTuple):
-    """What `block` multiplies W0 by: A and B in the dtype of formation, extended so that their product is 1 + BA."""
+    """What `block` multiplies W0 by: A and B in the dtype of formation, for PyTorch so that their product is 1 + BA."""
 
-    A: Tensor  # (r + 1, in), or (r, in) for the update alone
+    A: Tensor  # (r + 1, in), or (r, in) for the update alone and for the kernel
     B: Tensor  # (out, r + 1), or (out, r)
     noise: Noise | None  # of the rounding; None to round to nearest
+    update_only: bool
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -44,12 +45,12 @@ def modulation(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_o
     """Extend A (r, in) and B (out, r) for a W' of ``dtype``: ``1 + BA = [B | 1] [A ; 1]``."""
     formation = formation_dtype(W0.dtype)
     A, B = A.to(formation), B.to(formation)
-    if update_only:
-        return Modulation(A, B, None)
-    noise = noise_of(W0) if paths.dithers(W0.dtype, dtype) else None
+    noise = noise_of(W0) if paths.dithers(W0.dtype, dtype) and not update_only else None
+    if update_only or paths.triton(W0):
+        return Modulation(A, B, noise, update_only)
     A = torch.cat([A, A.new_ones(1, A.shape[1])])
     B = torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1)
-    return Modulation(A, B, noise)
+    return Modulation(A, B, noise, update_only)
 
 
 def row_blocks(W0: Tensor) -> Iterator[slice]:
@@ -71,15 +72,18 @@ def column_blocks(W0: Tensor) -> Iterator[slice]:
 def block(
     W0: Tensor, by: Modulation, workspace: Workspace, rows: slice = slice(None), columns: slice = slice(None)
 ) -> Tensor:
-    """Return some rows and columns of ``W0 * (1 + BA)``, rounded once, in the workspace's memory."""
-    W0 = W0[rows, columns]
-    exact = torch.mm(by.B[rows], by.A[:, columns], out=workspace.exact(W0)).mul_(W0)
+    """Return some rows and columns of ``W0 * (1 + BA)``, rounded once, in the workspace's memory or a kernel's."""
+    W0, A, B = W0[rows, columns], by.A[:, columns], by.B[rows]
+    noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
+    if paths.triton(W0):
+        from hira.ops import cuda
+
+        return cuda.form(W0, A, B, workspace.dtype, update_only=by.update_only, noise=noise)
+    exact = torch.mm(B, A, out=workspace.exact(W0)).mul_(W0)
     rounded = workspace.rounded(W0)
     if rounded.dtype == exact.dtype:
         return exact
-    if by.noise is None:
-        return rounded.copy_(exact)
-    return round_into(rounded, exact, by.noise.rows[rows], by.noise.columns[columns])
+    return rounded.copy_(exact) if noise is None else round_into(rounded, exact, *noise)
 
 
 def modulated_weight(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -125,8 +129,11 @@ def pull_back(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, dA: Tensor) -> Tensor
 
 def weight_gradient(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, *, update_only: bool = False) -> Tensor:
     """The gradient of W0 itself, for a base layer that trains too: ``G * (1 + BA)``, or ``G * BA``."""
-    by = modulation(W0, A, B, W0.dtype, update_only=update_only)
-    return torch.mm(by.B, by.A).mul_(G).to(W0.dtype)
+    dtype = formation_dtype(W0.dtype)
+    factor = torch.mm(B.to(dtype), A.to(dtype))
+    if not update_only:
+        factor += 1
+    return factor.mul_(G).to(W0.dtype)
 
 
 class _ModulatedWeight(torch.autograd.Function):

@@ -5,6 +5,7 @@ The measurements behind the numbers are in docs/architecture.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,15 @@ CPU_CHUNK_ENTRIES = 1 << 18
 
 # Numbers of tokens for which W' x^T is faster on a CPU than x W'^T, though y is then transposed.
 TRANSPOSED_TOKENS = range(8, 33)
+
+# Up to so many tokens, forming W' takes longer than its product: then generation keeps it from token to token.
+FEW_TOKENS = 32
+# The most tokens that the Triton kernel for decoding takes.
+DECODED_TOKENS = 16
+
+# The Triton kernels of `ops.cuda` have run in Triton's interpreter only, so they are off until a GPU was seen to gain
+# from them: benchmarks/gpu.py makes that record.
+TRITON = os.environ.get("HIRA_TRITON") == "1"
 
 HALF = (torch.bfloat16, torch.float16)
 DITHER = False
@@ -56,3 +66,18 @@ def int8(x: Tensor, out_features: int) -> bool:
         tokens = x.numel() // max(in_features, 1)
         return out_features > 16 and in_features % 8 == 0 and tokens % 8 == 0
     return x.device.type == "cpu" and min(out_features, in_features) > 1
+
+
+def keeps_weight(x: Tensor) -> bool:
+    """Whether a layer that generates keeps W' for the next forward: for few tokens x (..., in), if no kernel serves."""
+    return x.numel() <= FEW_TOKENS * x.shape[-1] and not triton(x)
+
+
+def triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels form W' and reduce its gradient: on CUDA, where HIRA_TRITON=1 is in the environment."""
+    return TRITON and tensor.is_cuda and tensor.dtype != torch.float64
+
+
+def decodes(x: Tensor) -> bool:
+    """Whether the product for x (T, in) is one kernel that reads W0 once and forms no W'."""
+    return 0 < x.shape[0] <= DECODED_TOKENS and triton(x)

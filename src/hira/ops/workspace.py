@@ -49,6 +49,7 @@ class Workspace:
     """
 
     def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         limit = paths.block_entries(W0.device)
         entries = min(W0.numel(), max(limit, *W0.shape))
         kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)

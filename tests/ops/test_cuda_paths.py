@@ -1,0 +1,109 @@
+"""The operators by way of the Triton kernels, where `paths` says so, give what they give without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreted import DEVICE, DTYPES
+from oracle import assert_as_exact, assert_same_bits, exact_results, results
+from torch import nn
+
+import hira
+from hira.ops import linear, linear_each, modulate, modulated_weight, paths, reference
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels on any device, and a count of their calls."""
+    import hira.ops.cuda as cuda
+
+    calls = []
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("form", "factor_gradients", "decode"):
+        monkeypatch.setattr(cuda, name, counted(name, getattr(cuda, name)))
+    monkeypatch.setattr(paths, "triton", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 300)
+    return calls
+
+
+def tensors(T, dtype, out=33, into=20, r=3):
+    x = torch.randn(T, into).to(DEVICE, dtype).requires_grad_()
+    W0 = torch.randn(out, into).to(DEVICE, dtype)
+    A, B = torch.randn(r, into).to(DEVICE) / r, torch.randn(out, r).to(DEVICE) / 10
+    return [x, W0, A.requires_grad_(), B.requires_grad_(), torch.randn(out).to(DEVICE, dtype)]
+
+
+def plain(x, W0, A, B, bias):
+    return torch.nn.functional.linear(x, W0 * (1 + (B @ A).to(W0.dtype)), bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [3, 40])
+def test_linear(kernels, T, dtype):
+    every = tensors(T, dtype)
+    dy = torch.randn(T, 33).to(DEVICE)
+    assert_as_exact(results(linear, every, dy), results(plain, every, dy), exact_results(reference.linear, every, dy))
+    assert set(kernels) == ({"form", "factor_gradients", "decode"} if T == 3 else {"form", "factor_gradients"})
+
+
+@pytest.mark.parametrize("dither", [False, True])
+def test_merged_and_forward_weights_are_the_same(kernels, monkeypatch, dither):
+    monkeypatch.setattr(paths, "DITHER", dither)
+    _, W0, A, B, _ = tensors(1, torch.bfloat16)
+    eye = torch.eye(20, dtype=torch.bfloat16, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(linear(eye, W0, A, B).t(), modulated_weight(W0, A, B))
+    assert set(kernels) == {"form"}
+
+
+@pytest.mark.parametrize("update_only", [False, True])
+def test_forming_the_weight(kernels, monkeypatch, update_only):
+    monkeypatch.setattr(paths, "DITHER", True)
+    _, W0, A, B, _ = tensors(1, torch.bfloat16)
+    A, B = A.detach().round() / 4, B.detach().mul(100).round() / 64  # sums of which are exact in any order
+    formed = modulate.form(W0, A, B, torch.bfloat16, update_only=update_only)
+    monkeypatch.undo()
+    monkeypatch.setattr(paths, "DITHER", True)
+    assert_same_bits([formed], [modulate.form(W0, A, B, torch.bfloat16, update_only=update_only)])
+
+
+def test_a_base_that_trains(kernels):
+    every = tensors(20, torch.float32)
+    every[1].requires_grad_()
+    dy = torch.randn(20, 33).to(DEVICE)
+    assert_as_exact(results(linear, every, dy), results(plain, every, dy), exact_results(reference.linear, every, dy))
+
+
+def test_tokens_with_an_adapter_each(kernels):
+    x, W0, _, _, bias = tensors(4, torch.float32)
+    adapters = [(torch.randn(r, 20).to(DEVICE), torch.randn(33, r).to(DEVICE)) for r in (1, 3, 2, 3)]
+    expected = torch.cat([reference.linear(x[t : t + 1], W0, *adapters[t], bias) for t in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(linear_each(x, W0, adapters, bias), expected, rtol=1e-4, atol=1e-4)
+        assert kernels == ["decode"]
+    y = linear_each(x, W0, adapters, bias)  # what autograd tracks is not the kernel's
+    assert y.requires_grad
+    assert kernels == ["decode"]
+
+
+def test_a_layer_decodes_by_the_kernel_and_keeps_no_weight(kernels):
+    layer = hira.Linear(nn.Linear(20, 33).to(DEVICE), "a", hira.HiraConfig(r=3, init_weights=False)).eval()
+    x = torch.randn(2, 1, 20, device=DEVICE)
+    with torch.no_grad():
+        y = layer(x)
+    assert kernels == ["decode"]
+    assert hira.inference_cache.nbytes == 0
+    W = modulated_weight(layer.base_layer.weight, layer.hira_A["a"], layer.hira_B["a"])
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W, layer.base_layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_are_off_by_default():
+    assert not paths.TRITON
+    assert not paths.triton(torch.ones(1, device=DEVICE))
