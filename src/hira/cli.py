@@ -6,7 +6,9 @@ import os
 import platform
 import runpy
 import sys
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Device(str, Enum):
+    """Where `hira bench` runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """The dtypes of base models that `hira bench` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command(
@@ -64,12 +81,49 @@ def env() -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("device", ", ".join(devices) or f"CPU, {torch.get_num_threads()} threads")
     table.add_row("PEFT's type HIRA", "hira" if hira.is_registered() else "PEFT's own")
-    entries = paths.block_entries(torch.device("cuda" if devices else "cpu"))
-    table.add_row("linear", f"one product with W', formed in blocks of {entries:,} entries; PyTorch operators")
-    table.add_row("embedding", "the rows that are looked up; PyTorch operators")
-    table.add_row("convolution", "one convolution with W', formed whole; PyTorch operators")
-    table.add_row("torch.compile", "opaque operators for linear products and kernels, the rest is traced")
+    for name, path in paths.describe(torch.device("cuda" if devices else "cpu")).items():
+        table.add_row(name, path)
     Console().print(table)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller cases, in under two minutes.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name contains this; may be repeated.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of base models; adapters are float32.")] = Dtype.float32,
+    rank: Annotated[int, typer.Option(min=1, help="r of every adapter.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads; its own choice by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the raw times here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw them here.")] = None,
+) -> None:
+    """Compare LoRA, hira, PEFT's own HiRA, DoRA and full fine-tuning on this machine.
+
+    Every result is checked against a float64 reference first, and a wrong one gets no time. The methods then run
+    interleaved, forward and backward where a case trains; medians and their ratios are printed.
+    """
+    import torch
+
+    from hira import bench as benchmark
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no CUDA device here", param_hint="--device")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = benchmark.Options(device.value, getattr(torch, dtype.value), rank, quick, tuple(case or ()))
+    cases = benchmark.cases(options)
+    if not cases:
+        raise typer.BadParameter("no case has a name that contains it", param_hint="--case")
+    records = benchmark.run_all(cases)
+    Console().print(benchmark.tables(records))
+    if out is not None:
+        benchmark.save(records, options, out)
+    if plot is not None:
+        benchmark.plot(records, plot)
 
 
 def main() -> None:
@@ -91,8 +145,6 @@ def _version(package: str) -> str:
 
 
 def _module_exists(name: str) -> bool:
-    from importlib.util import find_spec
-
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:

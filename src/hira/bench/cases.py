@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hira.bench.methods import DORA, FULL, HIRA, LORA, METHODS, PEFT_HIRA, Method
+from hira.bench.methods import DORA, FULL, HIRA, LORA, METHODS, PEFT_HIRA, Method, start
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -237,3 +237,22 @@ def _mixed_batch(adapters: int, options: Options) -> Case:
 def adapter_name(index: int) -> str:
     """The names of a model's adapters, in the order in which they are added."""
     return f"adapter{index}" if index else "default"
+
+
+def adapted(case: Case, method: Method) -> nn.Module:
+    """The case's model under a method, with adapters that do something."""
+    model = case.base().requires_grad_(False)
+    for i in range(max(case.mixed, 1)):
+        model = method.adapt(model, case.targets, case.options.rank, adapter_name(i))
+    start(model)
+    return model.train(case.mode == "train")
+
+
+def step(case: Case, model: nn.Module, inputs: Tensor) -> None:
+    """One run of the case."""
+    if case.mode == "infer":
+        with torch.no_grad():
+            (case.timed_call or case.call)(model, inputs)
+    else:
+        y = case.call(model, inputs)
+        torch.autograd.backward(y, torch.ones_like(y))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.profiler import ProfilerActivity, profile
 
-from hira.bench.cases import Case, adapter_name
-from hira.bench.methods import Method, effective_weights, start
+from hira.bench.cases import Case, adapted, adapter_name, step
+from hira.bench.methods import Method, effective_weights
+from hira.bench.peak import peak
 
 # An error against the float64 reference may be this many times that of the plain expression with the effective weight
 # in the same dtype, which rounds the same quantities in another order; and never has to be below the second number.
@@ -78,7 +76,18 @@ def run(case: Case, advance: Callable[[str], None] = lambda what: None) -> list[
     if case.memory:
         for record in rights:
             advance(f"{case.name}: memory of {record.method}")
-            record.peak_bytes = peak(case, models[record.method])
+            record.peak_bytes = peak(case, next(m for m in case.methods if m.name == record.method))
+    return records
+
+
+def run_all(cases: Sequence[Case]) -> list[Record]:
+    """Measure cases one after the other, with a progress bar where there is a terminal."""
+    records = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=sum(parts(case) for case in cases))
+        for case in cases:
+            records += run(case, lambda what: progress.update(task, advance=1, description=what))
     return records
 
 
@@ -87,57 +96,15 @@ def parts(case: Case) -> int:
     return len(case.methods) * (2 if case.memory else 1) + case.repeats + 1
 
 
-def adapted(case: Case, method: Method) -> nn.Module:
-    """The case's model under a method, with adapters that do something."""
-    model = case.base().requires_grad_(False)
-    for i in range(max(case.mixed, 1)):
-        model = method.adapt(model, case.targets, case.options.rank, adapter_name(i))
-    start(model)
-    return model.train(case.mode == "train")
-
-
 def timed(case: Case, model: nn.Module) -> float:
     """Milliseconds of one run of the case."""
     inputs = _fresh(case, case.inputs)
     model.zero_grad()
     _synchronize(case)
     begin = time.perf_counter()
-    _step(case, model, inputs)
+    step(case, model, inputs)
     _synchronize(case)
     return 1e3 * (time.perf_counter() - begin)
-
-
-def _step(case: Case, model: nn.Module, inputs: Tensor) -> None:
-    if case.mode == "infer":
-        with torch.no_grad():
-            (case.timed_call or case.call)(model, inputs)
-    else:
-        y = case.call(model, inputs)
-        torch.autograd.backward(y, torch.ones_like(y))
-
-
-def peak(case: Case, model: nn.Module) -> int:
-    """The most bytes that one run had allocated at once, above what was there before it."""
-    model.zero_grad()
-    inputs = _fresh(case, case.inputs)
-    gc.collect()
-    if case.options.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _step(case, model, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _step(case, model, inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e["Ev Idx"]):
-        total += event["Bytes"]
-        most = max(most, total)
-    return most
 
 
 def check(case: Case, method: Method, model: nn.Module) -> tuple[float, str | None]:

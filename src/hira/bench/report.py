@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from hira.bench.cases import Options
@@ -21,29 +23,30 @@ from hira.bench.methods import HIRA, LORA, METHODS, PEFT_HIRA
 _PACKAGES = ("hira", "torch", "peft", "transformers", "triton")
 
 
-def table(records: Sequence[Record]) -> Table:
-    """Medians and their ratios, a section for each case."""
-    result = Table(title="forward and backward, or forward alone where it says decoding or mixed batch; medians")
-    result.add_column("")
-    for column in ("ms", "of LoRA's time", "PEFT's HiRA is slower by", "peak MB", "of LoRA's memory"):
-        result.add_column(column, justify="right")
-    for case, group in _by_case(records).items():
-        result.add_section()
-        result.add_row(f"[bold]{case}")
-        lora = _find(group, LORA.name) or Record(case, LORA.name, 0)
-        stock = _find(group, PEFT_HIRA.name) or Record(case, PEFT_HIRA.name, 0)
-        for record in group:
-            if record.wrong:
-                result.add_row(f"  {record.method}", "wrong:", record.wrong)
-                continue
-            result.add_row(
-                f"  {record.method}",
-                _number(record.median_ms, 3),
-                _ratio(record.median_ms, lora.median_ms),
-                _ratio(stock.median_ms, record.median_ms),
-                _number(record.peak_bytes and record.peak_bytes / 1e6, 4),
-                _ratio(record.peak_bytes, lora.peak_bytes),
-            )
+def tables(records: Sequence[Record]) -> Group:
+    """Medians and their ratios, a table for each case."""
+    return Group(*(_table(case, group) for case, group in by_case(records).items()))
+
+
+def _table(case: str, group: Sequence[Record]) -> Table:
+    result = Table(title=case, title_justify="left", box=box.SIMPLE)
+    result.add_column("", min_width=19)
+    for column in ("ms", "LoRA = 1", "PEFT's HiRA takes", "peak MB", "LoRA = 1"):
+        result.add_column(column, justify="right", min_width=8)
+    lora, stock = (find(group, method.name) for method in (LORA, PEFT_HIRA))
+    for record in group:
+        if record.wrong:
+            result.add_row(record.method, "wrong")
+            result.caption = f"{record.method}: {record.wrong}; so it gets no time"
+            continue
+        result.add_row(
+            record.method,
+            _number(record.median_ms),
+            ratio(record.median_ms, lora.median_ms),
+            ratio(stock.median_ms, record.median_ms, times=True),
+            _number(record.peak_bytes and record.peak_bytes / 1e6),
+            ratio(record.peak_bytes, lora.peak_bytes),
+        )
     return result
 
 
@@ -80,15 +83,15 @@ def plot(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    groups = _by_case(records)
+    groups = by_case(records)
     figure, axes = plt.subplots(figsize=(9, 1 + 0.75 * len(groups)), layout="constrained")
     names = [m.name for m in METHODS if m is not LORA and any(r.method == m.name for r in records)]
     height = 0.8 / len(names)
     for k, name in enumerate(names):
         places, lengths = [], []
         for row, group in enumerate(groups.values()):
-            lora, record = _find(group, LORA.name), _find(group, name)
-            if lora and lora.median_ms and record and record.median_ms:
+            lora, record = find(group, LORA.name), find(group, name)
+            if lora.median_ms and record.median_ms:
                 places.append(row + (k - (len(names) - 1) / 2) * height)
                 lengths.append(record.median_ms / lora.median_ms)
         bars = axes.barh(places, lengths, height, label=name, color="#1f6f5c" if name == HIRA.name else f"C{k + 1}")
@@ -133,22 +136,26 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+def by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by the name of their case, in order."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.case, []).append(record)
     return groups
 
 
-def _find(group: Sequence[Record], method: str) -> Record | None:
-    return next((record for record in group if record.method == method), None)
+def find(group: Sequence[Record], method: str) -> Record:
+    """The record of a method, an empty one if there is none."""
+    return next((record for record in group if record.method == method), Record(group[0].case, method, 0))
 
 
-def _number(value: float | None, digits: int) -> str:
+def ratio(value: float | None, of: float | None, *, times: bool = False) -> str:
+    """``value / of`` with two decimals, nothing where one is missing."""
+    return f"{value / of:.2f}{' times' if times else ''}" if value and of else ""
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits."""
     if not value:
         return ""
-    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
-def _ratio(value: float | None, of: float | None) -> str:
-    return f"{value / of:.2f}" if value and of else ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -81,3 +81,20 @@ def triton(tensor: Tensor) -> bool:
 def decodes(x: Tensor) -> bool:
     """Whether the product for x (T, in) is one kernel that reads W0 once and forms no W'."""
     return 0 < x.shape[0] <= DECODED_TOKENS and triton(x)
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """The paths that operators take on a device, in words."""
+    kernels = "off: they have run in Triton's interpreter only; HIRA_TRITON=1 in the environment switches them on"
+    if TRITON:
+        kernels = "on" if device.type == "cuda" else "switched on, but they serve CUDA alone"
+    few = f"kept by hira.inference_cache in evaluation, up to {FEW_TOKENS} tokens"
+    return {
+        "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",
+        "decoding": f"W' is {few}; tokens with an adapter each share one product",
+        "embedding": "the rows that are looked up",
+        "convolution": "one convolution with W', formed whole",
+        "half precision": f"W' is rounded {'with a dither' if DITHER else 'to nearest'}, once",
+        "Triton kernels": kernels,
+        "torch.compile": "opaque operators for linear products and kernels of convolutions, the rest is traced",
+    }

@@ -4,8 +4,8 @@ They compute in float32, for weights of at most 32 bits. On CPU tensors they run
 TRITON_INTERPRET was 1 before triton was first imported.
 """
 
-from hira.ops.cuda.decode import MOST_TOKENS, decode
+from hira.ops.cuda.decode import decode
 from hira.ops.cuda.factor_gradients import factor_gradients
 from hira.ops.cuda.form import form
 
-__all__ = ["MOST_TOKENS", "decode", "factor_gradients", "form"]
+__all__ = ["decode", "factor_gradients", "form"]
