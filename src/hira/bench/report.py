@@ -29,24 +29,25 @@ def tables(records: Sequence[Record]) -> Group:
 
 
 def _table(case: str, group: Sequence[Record]) -> Table:
+    memory = any(record.peak_bytes for record in group)
     result = Table(title=case, title_justify="left", box=box.SIMPLE)
     result.add_column("", min_width=19)
-    for column in ("ms", "LoRA = 1", "PEFT's HiRA takes", "peak MB", "LoRA = 1"):
-        result.add_column(column, justify="right", min_width=8)
+    for column in ("ms", "of LoRA's", "faster than PEFT's HiRA", *(("peak MB", "of LoRA's") if memory else ())):
+        result.add_column(column, justify="right")
     lora, stock = (find(group, method.name) for method in (LORA, PEFT_HIRA))
+    wrong = []
     for record in group:
-        if record.wrong:
-            result.add_row(record.method, "wrong")
-            result.caption = f"{record.method}: {record.wrong}; so it gets no time"
-            continue
-        result.add_row(
-            record.method,
-            _number(record.median_ms),
+        cells = [
+            "wrong" if record.wrong else _number(record.median_ms),
             ratio(record.median_ms, lora.median_ms),
-            ratio(stock.median_ms, record.median_ms, times=True),
+            ratio(stock.median_ms, record.median_ms),
             _number(record.peak_bytes and record.peak_bytes / 1e6),
             ratio(record.peak_bytes, lora.peak_bytes),
-        )
+        ]
+        result.add_row(record.method, *cells[: len(result.columns) - 1])
+        if record.wrong:
+            wrong.append(f"{record.method}: {record.wrong}")
+    result.caption = "; ".join(wrong)
     return result
 
 
@@ -149,9 +150,9 @@ def find(group: Sequence[Record], method: str) -> Record:
     return next((record for record in group if record.method == method), Record(group[0].case, method, 0))
 
 
-def ratio(value: float | None, of: float | None, *, times: bool = False) -> str:
+def ratio(value: float | None, of: float | None) -> str:
     """``value / of`` with two decimals, nothing where one is missing."""
-    return f"{value / of:.2f}{' times' if times else ''}" if value and of else ""
+    return f"{value / of:.2f}" if value and of else ""
 
 
 def _number(value: float | None) -> str:
