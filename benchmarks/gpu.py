@@ -1,0 +1,159 @@
+"""Checks the Triton kernels against float64 on a GPU, then times them and hira as a whole, in under nine minutes.
+
+    python benchmarks/gpu.py OUT
+
+A kernel that is wrong stops the run before anything is timed. What was measured goes to OUT/kernels.json, and to
+OUT/pytorch.json and OUT/triton.json in the format of `hira bench`, without and with the kernels. `gpu.sh` runs this on
+a machine without a network.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from hira import bench
+from hira.bench.report import machine
+from hira.ops import cuda, modulate, paths, reference
+from hira.ops.dither import noise_of
+
+SECONDS = 520  # after which no further case is begun
+CASES = ("4096 x 4096", "Llama", "mixed batch")
+
+
+def main(out: Path) -> None:
+    start = time.perf_counter()
+    if not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no CUDA device here")
+    errors = dict(check_kernels("cuda"))
+    print(json.dumps(errors, indent=1))
+    out.mkdir(parents=True, exist_ok=True)
+    measured = {"machine": machine("cuda"), "errors": errors, "kernels": time_kernels()}
+    (out / "kernels.json").write_text(json.dumps(measured, indent=1) + "\n")
+    print(json.dumps(measured["kernels"], indent=1))
+    options = bench.Options("cuda", torch.bfloat16, only=CASES)
+    records: dict[bool, list[bench.Record]] = {False: [], True: []}
+    for case in bench.cases(options):
+        for kernels in records:
+            if time.perf_counter() - start > SECONDS:
+                print(f"out of time before {case.name}")
+                return
+            paths.TRITON = kernels
+            records[kernels] += bench.run(case)
+            bench.save(records[kernels], options, out / ("triton.json" if kernels else "pytorch.json"))
+    for kernels, found in records.items():
+        print("with the kernels" if kernels else "without them")
+        Console().print(bench.tables(found))
+
+
+# Correctness
+
+
+def check_kernels(device: str) -> Iterator[tuple[str, float]]:
+    """The largest relative error of each kernel over shapes and dtypes.
+
+    Raises:
+        SystemExit: an error is more than that of one rounding of the result and of float32 sums allows.
+    """
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        worst = dict.fromkeys(("form", "dither", "factor_gradients", "decode"), 0.0)
+        for out, into, r in ((1, 1, 1), (63, 65, 3), (200, 130, 33), (256, 512, 32)):
+            for name, error in kernel_errors(out, into, r, dtype, device):
+                worst[name] = max(worst[name], error)
+        # a unit in the last place, or two where a dither may take the other neighbour; sums in three bfloat16 products
+        unit = max(torch.finfo(dtype).eps, 2.0**-15)
+        for name, error in worst.items():
+            if not error <= 2 * unit:
+                raise SystemExit(f"{name} in {dtype} is off by {error:.1e}, allowed {2 * unit:.1e}; nothing is timed")
+            yield f"{name}, {str(dtype).removeprefix('torch.')}", error
+
+
+def kernel_errors(out: int, into: int, r: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, float]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    W0 = randn(out, into).to(device, dtype)
+    A, B = (randn(r, into) / r).to(device), (randn(out, r) / 10).to(device)
+    x, dy = randn(40, into).to(device, dtype), randn(40, out).to(device, dtype)
+    exact = reference.modulated_weight(W0.double(), A.double(), B.double())
+    yield "form", distance(cuda.form(W0, A, B, dtype), exact)
+    if dtype != torch.float32:
+        yield "dither", distance(cuda.form(W0, A, B, dtype, noise=noise_of(W0)), exact)
+    G = (dy.double().t() @ x.double()) * W0.double()
+    dA, dB = cuda.factor_gradients(dy, x, W0, A, B)
+    yield "factor_gradients", max(distance(dA, B.double().t() @ G), distance(dB, G @ A.double().t()))
+    for tokens in (1, 5, 16):
+        yield "decode", distance(cuda.decode(x[:tokens], W0, A[None], B[None]), x[:tokens].double() @ exact.t())
+    owners = torch.arange(16, device=device) % 3 - 1
+    As, Bs = torch.stack([A, 2 * A]), torch.stack([B, B])
+    weights = [W0.double(), exact, reference.modulated_weight(W0.double(), 2 * A.double(), B.double())]
+    right = torch.stack([x[t].double() @ weights[int(owner) + 1].t() for t, owner in enumerate(owners)])
+    yield "decode", distance(cuda.decode(x[:16], W0, As, Bs, owners), right)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+# Times
+
+
+def time_kernels(size: int = 8192, r: int = 32, tokens: int = 4096) -> dict[str, Any]:
+    """Microseconds and bytes per second of each kernel in bfloat16, beside a copy and what PyTorch takes."""
+    W0 = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    A, B = torch.randn(r, size, device="cuda"), torch.randn(size, r, device="cuda") / 100
+    x, dy = (torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    As, Bs = A.expand(16, -1, -1).contiguous(), B.expand(16, -1, -1).contiguous()
+    owners, noise, copy = torch.arange(16, device="cuda"), noise_of(W0), torch.empty_like(W0)
+    linear = sys.modules["hira.ops.linear"]
+    both, once = 2 * W0.nbytes, W0.nbytes
+    measured = {
+        "copy": speed(lambda: copy.copy_(W0), both),
+        "form": speed(lambda: cuda.form(W0, A, B, torch.bfloat16), both),
+        "form, dithered": speed(lambda: cuda.form(W0, A, B, torch.bfloat16, noise=noise), both),
+        "form by PyTorch": speed(lambda: modulate.form(W0, A, B, torch.bfloat16), both),
+        "factor gradients": speed(lambda: cuda.factor_gradients(dy, x, W0, A, B)),
+        "factor gradients by PyTorch": speed(lambda: linear.linear_factor_gradients(dy, x, W0, A, B, None)),
+        "product dy^T x alone, by cuBLAS": speed(lambda: dy.t() @ x),
+        "decode, 1 token": speed(lambda: cuda.decode(x[:1], W0, A[None], B[None]), once),
+        "decode, 16 tokens": speed(lambda: cuda.decode(x[:16], W0, A[None], B[None]), once),
+        "decode, 16 tokens of 16 adapters": speed(lambda: cuda.decode(x[:16], W0, As, Bs, owners), once),
+        "x W0^T alone, 1 token, by cuBLAS": speed(lambda: x[:1] @ W0.t(), once),
+    }
+    fastest = measured["copy"]["GB/s"]
+    for values in measured.values():
+        if "GB/s" in values:
+            values["of copy's"] = values["GB/s"] / fastest
+    return {"size": size, "rank": r, "tokens": tokens, **measured}
+
+
+def speed(function: Callable[[], Any], nbytes: int | None = None, repeats: int = 30) -> dict[str, float]:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    median = statistics.median(times)
+    return {"us": median} if nbytes is None else {"us": median, "GB/s": nbytes / median / 1e3}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]))

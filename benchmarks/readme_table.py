@@ -1,0 +1,45 @@
+"""Writes the README's table of times, and its picture, from the committed results: python benchmarks/readme_table.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hira import bench
+from hira.bench.report import by_case, find, ratio
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.json", ROOT / "benchmarks/results/cpu.png"
+BEGIN, END = "<!-- benchmarks/readme_table.py writes from here -->\n", "<!-- to here -->\n"
+COLUMNS = ("hira", "hira, int8 gradient", "PEFT's HiRA", "DoRA", "full fine-tuning")
+
+
+def rows() -> list[str]:
+    """The table in Markdown: times relative to LoRA's, and peaks of memory where they were measured."""
+    records, _ = bench.load(RESULTS)
+    lines = [f"| | LoRA | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    for case, group in by_case(records).items():
+        lora = find(group, "LoRA")
+        times = [_cell(find(group, name), lora) for name in COLUMNS]
+        lines.append(f"| {case} | {lora.median_ms:.3g} ms | {' | '.join(times)} |")
+        if lora.peak_bytes:
+            peaks = [ratio(find(group, name).peak_bytes, lora.peak_bytes) for name in COLUMNS]
+            lines.append(
+                f"| peak memory above the model | {lora.peak_bytes / 1e9:.2f} GB | {' | '.join(peaks)} |"
+            )
+    return lines
+
+
+def _cell(record: bench.Record, lora: bench.Record) -> str:
+    return "wrong" if record.wrong else ratio(record.median_ms, lora.median_ms)
+
+
+def with_table(readme: str) -> str:
+    """The README with the table between its two marks."""
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
+    bench.plot(bench.load(RESULTS)[0], PICTURE)
