@@ -91,7 +91,9 @@ CHANGES = {
     "deleted": lambda layer: layer.delete_adapter("a"),
     "reset": lambda layer: layer.reset_hira_parameters("a", True),
     "another dtype": lambda layer: layer.double(),
-    "scaled by .data, and cleared": lambda layer: (layer.hira_B["a"].data.mul_(2), inference_cache.clear()),
+    "A through .data": lambda layer: layer.hira_A["a"].data.zero_(),
+    "an entry of B through .data": lambda layer: layer.hira_B["a"].data[3, 1].add_(1),
+    "W0 through .data": lambda layer: layer.base_layer.weight.data.mul_(2),
 }
 
 

@@ -140,8 +140,10 @@ def test_the_merged_weight_is_that_of_the_reference(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bfloat16_merge_rounds_once(kind):
-    """W' is within half a unit in the last place of the exact one, but for the float32 rounding of the modulation."""
+@pytest.mark.parametrize("dither", [False, True])
+def test_a_bfloat16_merge_rounds_once(kind, dither, monkeypatch):
+    """W' is a neighbour of the exact one, or the nearest, but for the float32 rounding of the modulation."""
+    monkeypatch.setattr(paths, "DITHER", dither)
     layer = adapted(kind, torch.bfloat16, r=4)
     W0 = layer.storage.read().detach().clone()
     A, B = (factors["default"].detach().mul_(0.25) for factors in layer._factor_dicts)
@@ -152,9 +154,10 @@ def test_a_bfloat16_merge_rounds_once(kind):
     modulation = 1 + reference.delta(A.double(), B.double())
     exact = W0.double() * modulation
     half_unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1 - 8)
+    distance = half_unit * (2 if dither else 1)
     terms = 1 + reference.delta(A.double().abs(), B.double().abs())
     float32_error = 7 * 2**-24 * W0.double().abs() * terms  # five terms, their sum and the product with W0
-    assert (found.double() - exact).abs().le(half_unit + float32_error).all()
+    assert (found.double() - exact).abs().le(distance + float32_error).all()
     rounded_often = W0 * (1 + reference.delta(A.bfloat16(), B.bfloat16()))
     assert not (rounded_often.double() - exact).abs().le(half_unit + float32_error).all()
 

@@ -203,6 +203,7 @@ def test_second_derivative_is_refused():
 def test_formed_kernel_is_the_one_convolved_with(geometry, dtype, entries, monkeypatch):
     """A plain convolution with the formed kernel gives, bit for bit, what the operator gives."""
     monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(paths, "DITHER", False)
     x, W0, A, B, bias = (t.detach() for t in tensors(geometry, dtype=dtype, adapter=torch.float32))
     kernel = form_kernel(W0, A, B, dtype)
     expected = PLAIN[W0.dim() - 2](x, kernel, bias, **options(geometry))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from oracle import assert_as_exact, assert_same_bits, exact_results, results
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import embedding, reference
+from hira.ops import embedding, modulate, paths, reference
+from hira.ops.dither import noise_of, round_into
 
 # Row 3 occurs three times, row 7 twice; rows 2 and 9 never.
 IDS = torch.tensor([[3, 7, 3], [0, 7, 5], [8, 3, 1]])
@@ -95,9 +96,15 @@ def test_as_exact_as_the_plain_expression(dtype, adapter):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_are_rounded_once(dtype):
+def test_rows_are_rounded_once(dtype, monkeypatch):
+    """To nearest, or with the dither of the whole table."""
     W0, A, B = (t.detach() for t in tensors(dtype=dtype, adapter=torch.float32))
-    assert torch.equal(embedding(IDS, W0, A, B), embedding(IDS, W0.float(), A, B).to(dtype))
+    exact = embedding(IDS, W0.float(), A, B)
+    noise, whole = noise_of(W0), modulate.form(W0.float(), B.t(), A.t(), torch.float32)
+    table = round_into(torch.empty_like(W0), whole, *noise)
+    assert torch.equal(embedding(IDS, W0, A, B), table[IDS])
+    monkeypatch.setattr(paths, "DITHER", False)
+    assert torch.equal(embedding(IDS, W0, A, B), exact.to(dtype))
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float64])

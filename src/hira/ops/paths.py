@@ -31,7 +31,7 @@ DECODED_TOKENS = 16
 TRITON = os.environ.get("HIRA_TRITON") == "1"
 
 HALF = (torch.bfloat16, torch.float16)
-DITHER = False
+DITHER = True
 
 
 def block_entries(device: torch.device) -> int:
@@ -69,8 +69,8 @@ def int8(x: Tensor, out_features: int) -> bool:
 
 
 def keeps_weight(x: Tensor) -> bool:
-    """Whether a layer that generates keeps W' for the next forward: for few tokens x (..., in), if no kernel serves."""
-    return x.numel() <= FEW_TOKENS * x.shape[-1] and not triton(x)
+    """Whether a layer that generates keeps W' for the next forward: on a CPU, for few tokens x (..., in)."""
+    return x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
 
 
 def triton(tensor: Tensor) -> bool:
@@ -88,7 +88,7 @@ def describe(device: torch.device) -> dict[str, str]:
     kernels = "off: they have run in Triton's interpreter only; HIRA_TRITON=1 in the environment switches them on"
     if TRITON:
         kernels = "on" if device.type == "cuda" else "switched on, but they serve CUDA alone"
-    few = f"kept by hira.inference_cache in evaluation, up to {FEW_TOKENS} tokens"
+    few = "formed each time" if device.type != "cpu" else f"kept by hira.inference_cache, up to {FEW_TOKENS} tokens"
     return {
         "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",
         "decoding": f"W' is {few}; tokens with an adapter each share one product",
