@@ -35,7 +35,7 @@ LAYERS = [
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of modulate
 OPS_LAYERS = [
-    ["reference", "paths"],
+    ["reference", "paths", "derivative"],
     ["workspace"],
     ["dither", "int8", "cuda"],
     ["modulate"],

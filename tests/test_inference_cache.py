@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -211,3 +212,36 @@ def test_a_model_generates_as_without():
         assert torch.equal(model.generate(input_ids=ids, **options), kept)
     finally:
         inference_cache.max_bytes = size
+
+
+def test_merging_and_disabling_free_it():
+    layer = adapted()
+    generate(layer)
+    layer.merge()
+    generate(layer)
+    assert inference_cache.nbytes == 0
+    layer.unmerge()
+    generate(layer)
+    assert inference_cache.nbytes > 0
+    layer.enable_adapters(False)
+    generate(layer)
+    assert inference_cache.nbytes == 0
+
+
+def test_threads_may_generate_at_once():
+    layers = [adapted() for _ in range(40)]
+
+    def work(seed):
+        for k in range(200):
+            generate(layers[(7 * k + seed) % 40])
+            if k % 10 == 0:
+                inference_cache.discard(layers[(3 * k + seed) % 40])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(work, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert inference_cache.nbytes <= 40 * 5 * 6 * 4

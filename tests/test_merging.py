@@ -554,3 +554,14 @@ def test_tied_embeddings(targets):
         assert torch.equal(tied, W0)
     unloaded = adapted.merge_and_unload()
     torch.testing.assert_close(unloaded(input_ids=ids).logits, y, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_merged_in_inference_mode_is_an_ordinary_one():
+    layer = adapted("linear")
+    W0 = layer.base_layer.weight.detach().clone()
+    with torch.inference_mode():
+        layer.merge()
+    assert not layer.base_layer.weight.is_inference()
+    layer.base_layer(torch.randn(2, 7)).sum().backward()
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, W0)

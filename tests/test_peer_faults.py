@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+from hira.ops.dither import noise_of, round_into
+
 IDS = torch.tensor([[3, 0, 3, 8], [1, 3, 5, 0]])
 
 

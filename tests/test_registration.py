@@ -237,3 +237,10 @@ def test_models_keep_their_layers_after_unregister():
         assert type(fresh.base_model).__module__ == "peft.tuners.hira.model"
         assert not any(isinstance(module, hira.HiraLayer) for module in fresh.modules())
     assert torch.equal(model(x), expected)
+
+
+def test_the_modules_can_be_found():
+    import importlib.util
+
+    for name in ("peft.tuners.hira", "peft.tuners.hira.layer"):
+        assert importlib.util.find_spec(name).name == name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -210,3 +212,22 @@ def test_values_of_tensors_are_left_to_the_body():
         body[0].weight.data.zero_()
         raise Stop
     assert body[0].weight.abs().max() == 0
+
+
+def test_a_container_that_refuses_changes_is_left_alone():
+    """Such as the configuration of a diffusers model."""
+
+    class Frozen(OrderedDict):
+        def update(self, *args, **kwargs):
+            raise AssertionError("frozen")
+
+        clear = update
+
+    model = nn.Linear(2, 3)
+    model.config = Frozen([("width", 2)])
+    model.names = ["a"]
+    with pytest.raises(ValueError, match="the cause"), unchanged_on_error(model):
+        model.names.append("b")
+        raise ValueError("the cause")
+    assert dict(model.config) == {"width": 2}
+    assert model.names == ["a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,24 +58,29 @@ class InferenceCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self._lock = threading.RLock()  # a layer may be collected, and its entry with it, at any time
         self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
     @property
     def nbytes(self) -> int:
         """The bytes of all kept weights."""
-        return sum(entry.weight.nbytes for entry in self._entries.values())
+        with self._lock:
+            return sum(entry.weight.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
         """Free all kept weights."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
     def discard(self, layer: Any) -> None:
         """Free the weight of a layer, if one is kept."""
-        self._entries.pop(layer, None)
+        with self._lock:
+            self._entries.pop(layer, None)
 
     def get(self, layer: Any, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """The weight of a layer if it was formed from these sources, as they are now, in this dtype."""
-        entry = self._entries.get(layer)
+        with self._lock:
+            entry = self._entries.get(layer)
         if entry is None or entry.weight.dtype != dtype or len(entry.sources) != len(sources):
             return None
         same = all(kept.is_still(source) for kept, source in zip(entry.sources, sources, strict=True))
@@ -96,7 +102,8 @@ class InferenceCache:
             return None
         weight = form()
         states = tuple(_Source(source, whole=position > 0) for position, source in enumerate(sources))
-        self._entries[layer] = _Entry(states, weight)
+        with self._lock:
+            self._entries[layer] = _Entry(states, weight)
         return weight
 
 

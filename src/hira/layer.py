@@ -16,6 +16,7 @@ from hira.config import InitWeights
 from hira.errors import HiraError
 from hira.inference_cache import inference_cache
 from hira.ops import modulate, paths
+from hira.ops.embedding import bound_norm
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage, Transposed
 
@@ -93,6 +94,10 @@ class Linear(HiraLayer):
         if mode:
             inference_cache.discard(self)
         return super().train(mode)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inference_cache.discard(self)  # merged or disabled, it has no use
+        return super()._base_output(x, *args, **kwargs)
 
     def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         weight = None if args or kwargs else self._kept_weight(x, names)
@@ -198,6 +203,34 @@ class Embedding(HiraLayer):
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.get_base_layer()
         return self._lookup(x, A, B, max_norm=base.max_norm, norm_type=base.norm_type)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output; with `max_norm` it would rescale the frozen table in place."""
+        if self._bounds_norm(args, kwargs):
+            return self._bounded(self._rows(x))
+        return super()._base_output(x, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        dropping = [name for name in names if self._drops(name)]
+        if not dropping or not self._bounds_norm(args, kwargs):
+            return super()._adapted(x, names, *args, **kwargs)
+        y = self._rows(x)
+        for name in names:
+            y = y + self._update(x, *self._factors([name]), self.hira_dropout[name])
+        return self._bounded(y)
+
+    def _bounds_norm(self, args: Any, kwargs: Any) -> bool:
+        return self.get_base_layer().max_norm is not None and self._is_plain() and not (args or kwargs)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return F.embedding(
+            ids, base.weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
+        )
+
+    def _bounded(self, y: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return bound_norm(y, base.max_norm, base.norm_type)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         keep = None if dropout is None else dropout(torch.ones(x.shape, device=x.device))

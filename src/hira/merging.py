@@ -112,7 +112,8 @@ class MergeableLayer(BaseTunerLayer):
         storage, present = self.storage, self.storage.snapshot()
         try:
             storage.restore(original)
-            with torch.no_grad():
+            # what is written in inference mode could not be trained on or versioned after it
+            with torch.inference_mode(False), torch.no_grad():
                 storage.write(self._effective_weight(storage.read(), *self._factors(names)))
         except BaseException:
             storage.restore(present)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hira.config import check_config
 from hira.dispatch import dispatch
 from hira.errors import HiraError
-from hira.layer import HiraLayer
+from hira.layer import ConvNd, HiraLayer
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
 
@@ -152,6 +152,7 @@ class HiraModel(BaseTuner):
         if self.training:
             raise HiraError("adapter_names is for inference, but the model is in training mode; call eval() first.")
         self._check_known([name for name in adapter_names if name != BASE])
+        self._check_rows_can_differ(adapter_names)
         beams = kwargs.get("num_beams") or 1
         encoder = _encoder(self.model)
         encoder_modules = set() if encoder is None else set(encoder.modules())
@@ -168,6 +169,17 @@ class HiraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_rows_can_differ(self, adapter_names: list[str]) -> None:
+        """Refuse a mixed batch where the model multiplies by a layer's weight itself, one weight for all rows."""
+        for layer in hira_layers(self.model):
+            active = layer._present(layer.active_adapters)
+            wanted = {tuple(layer._present([name])) for name in adapter_names}
+            if layer.weight_is_read and not isinstance(layer, ConvNd) and wanted != {tuple(active)}:
+                raise HiraError(
+                    f"adapter_names asks for other adapters than the active {active}, but the model multiplies by the "
+                    f"weight of {layer.name} itself, which is one for all rows; set the adapter and pass no names."
+                )
 
     # Checkpoints
 
@@ -201,8 +213,8 @@ def check_new_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def _reads_weights(parent: nn.Module) -> bool:
-    """Whether a module multiplies by its children's weights itself: attention of torch, and state-space mixers."""
-    return isinstance(parent, nn.MultiheadAttention) or hasattr(parent, "A_log")
+    """Whether a module multiplies by its children's weights itself: torch's attention and encoder, state spaces."""
+    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) or hasattr(parent, "A_log")
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Union
 
@@ -88,8 +89,9 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     for module in (mixed, peft.tuners.mixed, peft.tuners, peft.mixed_model):
         yield module, "MixedModel", HiraMixedModel
 
-    yield peft.PeftModel, "load_adapter", _all_or_nothing(peft.PeftModel.__dict__["load_adapter"])
-    yield peft.PeftModel, "from_pretrained", _all_or_nothing_class(peft.PeftModel.__dict__["from_pretrained"])
+    for model in (peft.PeftModel, peft.PeftMixedModel):
+        yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
+        yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
 
 
 def _replace(target: Any, name: Any, value: Any) -> None:
@@ -108,6 +110,7 @@ def _replace(target: Any, name: Any, value: Any) -> None:
 def _alias(name: str, source: ModuleType) -> ModuleType:
     """A module of another name whose attributes are those of ``source``."""
     module = ModuleType(name, source.__doc__)
+    module.__spec__ = ModuleSpec(name, None)
     module.__getattr__ = functools.partial(getattr, source)  # type: ignore[method-assign]
     module.__dir__ = functools.partial(dir, source)  # type: ignore[method-assign]
     return module

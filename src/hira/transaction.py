@@ -28,11 +28,21 @@ def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = 
     except BaseException:
         if only_if(model):
             for container, content in containers:
+                if _same(container, content):
+                    continue
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
         raise
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether the items of a container are those it had, in their order."""
+    now, before = (list(c.items()) if isinstance(c, dict) else [(item,) for item in c] for c in (container, content))
+    return len(now) == len(before) and all(
+        new is old for items in zip(now, before, strict=True) for new, old in zip(*items, strict=True)
+    )
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:

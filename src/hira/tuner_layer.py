@@ -188,6 +188,8 @@ class HiraLayer(nn.Module, MergeableLayer):
     def weight(self) -> Tensor:
         """The base layer's weight; W' where the model reads the weight instead of calling the layer."""
         names = self._present(self.active_adapters)
+        if self.weight_is_read and self.disable_adapters and self.merged:
+            self.unmerge()
         if self.weight_is_read and names and not self.disable_adapters and not self.merged:
             return self._stored_orientation(self._effective_weight(self.storage.read(), *self._factors(names)))
         weight: Tensor = super().weight
@@ -225,16 +227,18 @@ class HiraLayer(nn.Module, MergeableLayer):
             HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
         """
         y: Tensor
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            y = self.base_layer(x, *args, **kwargs)
-        elif adapter_names is not None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
             y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        elif self.merged:
-            y = self.base_layer(x, *args, **kwargs)
+        elif self.disable_adapters or self.merged:
+            y = self._base_output(x, *args, **kwargs)
         else:
             y = self._active(x, self._present(self.active_adapters), *args, **kwargs)
+        return y
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
     def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -248,7 +252,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         if steady and self._is_plain() and not (args or kwargs):
             y = self._product(x, *self._factors(steady))
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._base_output(x, *args, **kwargs)
             if steady:
                 y = y + self._update(x, *self._factors(steady)).to(y.dtype)
         for name in dropping:

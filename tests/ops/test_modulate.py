@@ -271,7 +271,7 @@ def test_the_gradient_handed_in_is_not_overwritten():
 def test_second_derivative_is_refused():
     W0, A, B = (t.requires_grad_() for t in weights(4, 3, 1))
     (dA,) = torch.autograd.grad(modulated_weight(W0, A, B).square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         dA.sum().backward()
 
 
@@ -283,3 +283,23 @@ def test_compiled_gives_the_same_bits(autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         got, expected = results(compiled, every), results(modulated_weight, every)
     assert_same_bits(got, expected)
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize("function", [linear, lambda x, *weights: modulated_weight(*weights)], ids=["linear", "weight"])
+def test_the_meta_device(function):
+    x, W0, A, B = (t.to("meta") for t in (torch.randn(5, 29), *weights()))
+    assert function(x, W0, A, B).device.type == "meta"
+
+
+def test_memory_is_on_the_cpu_whatever_the_default_device(monkeypatch):
+    monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
+    W0, A, B = weights()
+    expected = modulated_weight(W0, A, B)
+    monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
+    with torch.device("meta"):
+        memory = workspace.Workspace(W0, torch.bfloat16)
+    assert memory.exact(W0).device.type == memory.rounded(W0).device.type == "cpu"
+    assert torch.equal(modulated_weight(W0, A, B), expected)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hira.ops.modulate import form, no_autocast, product_dtype, pull_back, weight_gradient
+from hira.ops.derivative import first_derivative_only
+from hira.ops.modulate import cast_as_autocast, form, no_autocast, product_dtype, pull_back, weight_gradient
 from hira.ops.workspace import formation_dtype
 
 
@@ -61,8 +61,7 @@ def conv(
     Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
     """
     dtype = product_dtype(x, W0.dtype)
-    if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
-        x = x.to(dtype)
+    x = cast_as_autocast(x, W0.dtype)
     bias = bias if bias is None else bias.to(dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     unbatched = x.dim() == W0.dim() - 1
@@ -102,7 +101,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x, W0, A, B)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
+from hira.ops.derivative import first_derivative_only
 from hira.ops.dither import Noise, noise_of, round_into
 from hira.ops.modulate import no_autocast
 from hira.ops.workspace import formation_dtype
@@ -61,20 +61,26 @@ def embedding(
     if keep is not None:
         columns = columns * keep.reshape(-1, 1).to(columns.dtype)
     noise = noise_of(W0) if paths.dithers(W0.dtype, W0.dtype) and not update_only else None
-    y: Tensor = _Rows.apply(rows, columns, B, noise and Noise(noise.rows[flat], noise.columns), update_only)
+    noise = noise and Noise(noise.rows[flat], noise.columns)
+    share = _gradient_share(flat, padding_idx, scale_grad_by_freq, dtype)
+    y: Tensor = _Rows.apply(rows, columns, B, noise, share, update_only)
     y = y.view(*ids.shape, W0.shape[1])
-    if max_norm is not None:
-        norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
-        y = torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
-    share = _gradient_share(ids, padding_idx, scale_grad_by_freq, dtype)
-    return y if share is None else _ScaleGradient.apply(y, share.unsqueeze(-1))
+    return y if max_norm is None else bound_norm(y, max_norm, norm_type)
+
+
+def bound_norm(y: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Scale rows of y (..., dim) of a larger norm down to max_norm; the scale counts as a constant in backward."""
+    norms = torch.linalg.vector_norm(y.detach(), norm_type, dim=-1, keepdim=True)
+    return torch.where(norms > max_norm, y * (max_norm / (norms + 1e-7)), y)
 
 
 class _Rows(torch.autograd.Function):
     """Rows (T, dim) of the table times 1 + columns (T, r) B^T, as `modulate.block` forms and rounds them."""
 
     @staticmethod
-    def forward(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, update_only: bool) -> Tensor:
+    def forward(
+        rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, share: Tensor | None, update_only: bool
+    ) -> Tensor:
         exact = _modulation(rows, columns, B, update_only).mul_(rows)
         if noise is None:
             return exact.to(rows.dtype)
@@ -82,14 +88,17 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rows, columns, B, _, ctx.update_only = inputs
-        ctx.save_for_backward(rows, columns, B)
+        rows, columns, B, _, share, ctx.update_only = inputs
+        ctx.save_for_backward(rows, columns, B, share)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, B = ctx.saved_tensors
+        rows, columns, B, share = ctx.saved_tensors
         need_rows, need_columns, need_B, *_ = ctx.needs_input_grad
+        if share is not None:  # none for padding, whatever dy is there
+            share = share.unsqueeze(1)
+            dy = (dy * share.to(dy.dtype)).masked_fill(share == 0, 0)
         drows = dcolumns = dB = None
         if need_rows:
             drows = _modulation(rows, columns, B, ctx.update_only).mul_(dy).to(rows.dtype)
@@ -99,7 +108,7 @@ class _Rows(torch.autograd.Function):
                 dcolumns = torch.mm(G, B.to(G.dtype)).to(columns.dtype)
             if need_B:
                 dB = torch.mm(G.t(), columns.to(G.dtype)).to(B.dtype)
-        return drows, dcolumns, dB, None, None
+        return drows, dcolumns, dB, None, None, None
 
 
 def _modulation(rows: Tensor, columns: Tensor, B: Tensor, update_only: bool) -> Tensor:
@@ -127,7 +136,7 @@ class _Columns(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
         if not ctx.sparse:
@@ -152,21 +161,3 @@ def _gradient_share(
         row = ids != padding_idx
         share = row if share is None else share * row
     return share
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(x: Tensor, factor: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        factor = factor.to(dy.dtype)
-        return (dy * factor).masked_fill(factor == 0, 0), None

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
+from hira.ops.derivative import first_derivative_only
 from hira.ops.int8 import product, quantize, quantize_once
 from hira.ops.modulate import (
     block,
+    cast_as_autocast,
     column_blocks,
     modulation,
     no_autocast,
@@ -65,9 +66,7 @@ def linear(
     Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
-    if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
-        x = x.to(dtype)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = cast_as_autocast(x, dtype).reshape(-1, x.shape[-1])
     bias = bias if bias is None else bias.to(dtype)
     wanted = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
     rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and paths.int8(x, B.shape[0])
@@ -104,7 +103,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B, scale)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, scale = ctx.saved_tensors
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad

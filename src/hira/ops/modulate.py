@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hira.ops import paths
+from hira.ops.derivative import first_derivative_only
 from hira.ops.dither import Noise, noise_of, round_into
 from hira.ops.workspace import Workspace, formation_dtype
 
@@ -27,16 +27,26 @@ class Modulation(NamedTuple):
     update_only: bool
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def cast_as_autocast(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """x in the dtype that autocast gives it for a product with a weight; x itself where there is no autocast."""
+    return x.to(product_dtype(x, weight_dtype)) if autocasts(x.device) else x
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which every product runs in the dtype of its arguments, whatever autocast says outside."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def product_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which ``F.linear(x, W)`` computes: autocast's where it applies, else the weight's."""
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight_dtype):
+    if autocasts(x.device) and torch.float64 not in (x.dtype, weight_dtype):
         return torch.get_autocast_dtype(x.device.type)
     return weight_dtype
 
@@ -146,7 +156,7 @@ class _ModulatedWeight(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         W0, A, B = ctx.saved_tensors
         with no_autocast(W0.device):

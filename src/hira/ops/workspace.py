@@ -31,7 +31,7 @@ class _Scratch(threading.local):
         buffer = self.buffers.get(dtype)
         if buffer is None or buffer.numel() < entries:
             with torch.inference_mode(False):  # an inference tensor could not be written to in training
-                buffer = self.buffers[dtype] = torch.empty(entries, dtype=dtype)
+                buffer = self.buffers[dtype] = torch.empty(entries, dtype=dtype, device="cpu")
         return buffer
 
 
