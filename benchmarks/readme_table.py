@@ -20,12 +20,11 @@ def rows() -> list[str]:
     for case, group in by_case(records).items():
         lora = find(group, "LoRA")
         times = [_cell(find(group, name), lora) for name in COLUMNS]
-        lines.append(f"| {case} | {lora.median_ms:.3g} ms | {' | '.join(times)} |")
+        milliseconds = f"{lora.median_ms:,.0f}" if lora.median_ms >= 100 else f"{lora.median_ms:.3g}"
+        lines.append(f"| {case} | {milliseconds} ms | {' | '.join(times)} |")
         if lora.peak_bytes:
             peaks = [ratio(find(group, name).peak_bytes, lora.peak_bytes) for name in COLUMNS]
-            lines.append(
-                f"| peak memory above the model | {lora.peak_bytes / 1e9:.2f} GB | {' | '.join(peaks)} |"
-            )
+            lines.append(f"| peak memory above the model | {lora.peak_bytes / 1e9:.2f} GB | {' | '.join(peaks)} |")
     return lines
 
 

@@ -38,10 +38,10 @@ class HiraConfig(PeftConfig):
         layers_pattern: the name of the list of layers that the indices are into.
         rank_pattern: ranks for modules named by the ends of their names or by regular expressions.
         weight_gradient: how linear layers compute the gradient of their weight, which serves those of A and B alone:
-            "exact", or "int8" for a product of integers that is faster, keeps less memory, and adds noise of a per cent
-            or so to the gradients of A and B (docs/architecture.md). A layer with several adapters rounds if all of
-            them say so. Not a field of PEFT's: it is saved where it is not "exact", and what an adapter computes does
-            not depend on it.
+            "exact", or "int8" for a product of integers that is faster for large sizes, keeps less memory, and adds
+            noise of a few per cent to the gradients of A and B (docs/architecture.md). A layer with several adapters
+            rounds if all of them say so. Not a field of PEFT's: it is saved where it is not "exact", and what an
+            adapter computes does not depend on it.
 
     Raises:
         HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1),
