@@ -12,7 +12,8 @@ from oracle import assert_as_exact
 
 from hira.errors import HiraError
 from hira.ops import reference
-from hira.ops.cuda import MOST_TOKENS, decode
+from hira.ops.cuda import decode
+from hira.ops.paths import DECODED_TOKENS as MOST_TOKENS
 
 MODULE = sys.modules[decode.__module__]
 
