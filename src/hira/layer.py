@@ -17,6 +17,7 @@ from hira.errors import HiraError
 from hira.inference_cache import inference_cache
 from hira.ops import modulate, paths
 from hira.ops.embedding import bound_norm
+from hira.ops.workspace import is_concrete
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage, Transposed
 
@@ -115,14 +116,15 @@ class Linear(HiraLayer):
             return None
         storage = self.storage
         sources = [self.get_base_layer().weight, *(factors[name] for factors in self._factor_dicts for name in names)]
+        dtype = modulate.product_dtype(x, sources[0].dtype)
         if (
             not names
             or not self._is_plain()
             or storage.dequantize is not None
-            or any(t.is_inference() for t in sources)
+            or (x.dtype != dtype and not modulate.autocasts(x.device))
+            or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
             return None
-        dtype = modulate.product_dtype(x, sources[0].dtype)
         weight = inference_cache.get(self, sources, dtype)
         if weight is None and paths.keeps_weight(x):
             A, B = self._factors(names)
