@@ -10,6 +10,7 @@ a machine without a network.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -47,12 +48,18 @@ def main(out: Path) -> None:
             if time.perf_counter() - start > SECONDS:
                 print(f"out of time before {case.name}")
                 return
-            paths.TRITON = kernels
+            switch(kernels)
             records[kernels] += bench.run(case)
             bench.save(records[kernels], options, out / ("triton.json" if kernels else "pytorch.json"))
     for kernels, found in records.items():
         print("with the kernels" if kernels else "without them")
         Console().print(bench.tables(found))
+
+
+def switch(kernels: bool) -> None:
+    """Switch the kernels on or off here, and in the processes that measure memory."""
+    paths.TRITON = kernels
+    os.environ["HIRA_TRITON"] = "1" if kernels else "0"
 
 
 # Correctness
@@ -111,6 +118,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 def time_kernels(size: int = 8192, r: int = 32, tokens: int = 4096) -> dict[str, Any]:
     """Microseconds and bytes per second of each kernel in bfloat16, beside a copy and what PyTorch takes."""
+    switch(False)  # for what PyTorch takes; the kernels are called by name
     W0 = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     A, B = torch.randn(r, size, device="cuda"), torch.randn(size, r, device="cuda") / 100
     x, dy = (torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
