@@ -133,7 +133,8 @@ class Linear(HiraLayer):
         return weight
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
-        single = [name for name in rows if name != BASE and x[rows[name]].numel() == x.shape[-1]]
+        tokens_per_row = x[0].numel() // x.shape[-1]
+        single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
         if args or kwargs or len(single) < 2 or not self._is_plain() or self.storage.dequantize is not None:
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
