@@ -8,7 +8,7 @@ seen code.
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -79,9 +79,7 @@ def pretrained(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-def train(
-    model: nn.Module, data: Iterator[Tensor], steps: int, rate: float, after: Callable[[int], None] = lambda step: None
-) -> list[float]:
+def train(model: nn.Module, data: Iterator[Tensor], steps: int, rate: float) -> list[float]:
     """Train what requires a gradient with AdamW, a warm-up of a twentieth and linear decay; the losses of the steps."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
@@ -91,7 +89,7 @@ def train(
     )
     losses = []
     model.train()
-    for step, ids in enumerate(data):
+    for ids in data:
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +97,6 @@ def train(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        after(step)
     return losses
 
 

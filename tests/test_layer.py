@@ -8,7 +8,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import address, kept_for_backward
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -17,7 +16,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import hira
-from hira import HiraError
 from hira.ops import reference
 
 # Sums of at most a few hundred float64 products in another order: 2^-53 times their number, with room for their size.
@@ -430,46 +428,3 @@ def test_max_norm_bounds_rows_and_leaves_the_table(dropout):
         patch.setattr(layer, "_disable_adapters", True)
         torch.testing.assert_close(rows(), nn.Embedding(10, 8, max_norm=1.0, _weight=W0.clone())(ids))
     assert torch.equal(base.weight, W0)
-
-
-# weights that the model reads
-
-
-def attention_model(**options):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x)[0]
-
-    base, x = Model(), torch.randn(2, 3, 8)
-    before = base(x).detach()
-    model = get_peft_model(base, hira.HiraConfig(r=2, target_modules=["out_proj"], init_weights=False)).eval()
-    return model, x, before
-
-
-def test_disabling_while_merged_reaches_weights_that_are_read():
-    model, x, before = attention_model()
-    assert not torch.allclose(model(x), before, atol=1e-3)
-    model.merge_adapter()
-    with model.disable_adapter():
-        torch.testing.assert_close(model(x), before)
-
-
-def test_a_mixed_batch_is_refused_where_one_weight_serves_all_rows():
-    model, x, _ = attention_model()
-    with pytest.raises(HiraError, match=r"multiplies by the weight of attention\.out_proj itself"):
-        model(x, adapter_names=["__base__", "default"])
-    torch.testing.assert_close(model(x, adapter_names=["default", "default"]), model(x))
-
-
-def test_the_fast_path_of_torchs_encoder_multiplies_by_the_adapted_weights():
-    base, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), torch.randn(2, 3, 8)
-    before = base.eval()(x).detach()
-    model = get_peft_model(base, hira.HiraConfig(r=2, target_modules=["linear1", "linear2"], init_weights=False))
-    slow = model.train()(x).detach()
-    assert not torch.allclose(slow, before, atol=1e-3)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), slow, rtol=1e-4, atol=1e-5)

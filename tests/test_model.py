@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import hira
+from hira import HiraError
 
 IDS = torch.tensor([[1, 5, 9, 13], [1, 6, 7, 8], [1, 40, 30, 20]])
 # outputs of one model by two orders of the same float32 operations
@@ -292,3 +293,46 @@ def test_tied_weights_are_adapted_merged_and_restored():
     base = model.base_model.model
     assert base.lm_head.weight is base.model.embed_tokens.base_layer.weight
     torch.testing.assert_close(logits(model.merge_and_unload()), y, **CLOSE)
+
+
+# weights that the model reads
+
+
+def attention_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    base, x = Model(), torch.randn(2, 3, 8)
+    before = base(x).detach()
+    model = get_peft_model(base, hira.HiraConfig(r=2, target_modules=["out_proj"], init_weights=False)).eval()
+    return model, x, before
+
+
+def test_disabling_while_merged_reaches_weights_that_are_read():
+    model, x, before = attention_model()
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), before)
+
+
+def test_a_mixed_batch_is_refused_where_one_weight_serves_all_rows():
+    model, x, _ = attention_model()
+    with pytest.raises(HiraError, match=r"multiplies by the weight of attention\.out_proj itself"):
+        model(x, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(model(x, adapter_names=["default", "default"]), model(x))
+
+
+def test_the_fast_path_of_torchs_encoder_multiplies_by_the_adapted_weights():
+    base, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), torch.randn(2, 3, 8)
+    before = base.eval()(x).detach()
+    model = get_peft_model(base, hira.HiraConfig(r=2, target_modules=["linear1", "linear2"], init_weights=False))
+    slow = model.train()(x).detach()
+    assert not torch.allclose(slow, before, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), slow, rtol=1e-4, atol=1e-5)
