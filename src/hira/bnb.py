@@ -6,9 +6,11 @@ A target can only be such a layer if bitsandbytes was imported already, so this 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -22,6 +24,15 @@ bnb: Any = None  # bitsandbytes, once a layer of it has been seen
 
 class Packed4bit(Storage):
     """A weight packed to 4 bits: blocks of codes and their scales, in a `Params4bit`."""
+
+    @property
+    def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
+        return (bnb.nn.Linear4bit.forward,)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype | None = self.layer.compute_dtype
+        return dtype
 
     @property
     def dequantize(self) -> Dequantize:
@@ -58,7 +69,14 @@ class _Int8Snapshot(NamedTuple):
 
 
 class RowwiseInt8(Storage):
-    """A weight of 8-bit integers with a scale for each row, W0 = codes * scales / 127, in an `Int8Params`."""
+    """A weight of 8-bit integers with a scale for each row, W0 = codes * scales / 127, in an `Int8Params`.
+
+    The layer multiplies integers, x rounded to 8 bits as well, for which no product with W' can stand in.
+    """
+
+    @property
+    def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
+        return ()
 
     @property
     def dequantize(self) -> Dequantize:
@@ -125,23 +143,7 @@ class Linear4bit(Linear):
         base_layer, adapter_name, config, r: as for Linear.
     """
 
-    @property
-    def storage(self) -> Storage:
-        return Packed4bit(self.get_base_layer())
-
-    def _is_plain(self) -> bool:
-        self.plain_forwards = (bnb.nn.Linear4bit.forward,)
-        return super()._is_plain()
-
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return super()._product(self._cast(x), A, B).to(x.dtype)
-
-    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
-        return super()._update(self._cast(x), A, B, dropout).to(x.dtype)
-
-    def _cast(self, x: Tensor) -> Tensor:
-        dtype = self.get_base_layer().compute_dtype
-        return x if dtype is None else x.to(dtype)
+    storage_type = Packed4bit
 
 
 class Linear8bitLt(Linear):
@@ -153,9 +155,7 @@ class Linear8bitLt(Linear):
         base_layer, adapter_name, config, r: as for Linear.
     """
 
-    @property
-    def storage(self) -> Storage:
-        return RowwiseInt8(self.get_base_layer())
+    storage_type = RowwiseInt8
 
 
 def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:

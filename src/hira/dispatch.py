@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.errors import HiraError
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
+from hira.weights import Storage
 
 Dispatcher = Callable[..., nn.Module | None]
-
-DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def dispatch_default(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
@@ -78,8 +76,8 @@ def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: A
 
 
 def _check_dense(base: nn.Module) -> None:
-    weight: Any = base.weight
-    if weight.dtype not in DENSE_DTYPES or type(weight.data) not in (torch.Tensor, nn.Parameter):
+    if not Storage.serves(base):
+        weight: Any = base.weight
         raise HiraError(
             f"Target module {base} is not supported: its weight is a {type(weight.data).__name__} of {weight.dtype}. "
             "HiRA reads dense float weights and those of bitsandbytes; adapt the model before it is quantised, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,14 +33,13 @@ class Linear(HiraLayer):
         r: its rank; ``config.r`` by default.
         fan_in_fan_out: whether the weight is stored as (in, out).
         is_target_conv_1d_layer: whether the base layer is a `Conv1D`.
+        storage_type: how the base layer stores its weight, where not as a dense parameter.
 
     Raises:
         HiraError: the rank is not a positive integer.
 
     Source: HiRA (ICLR 2025), equation 5.
     """
-
-    plain_forwards: tuple[Callable[..., Any], ...] = (nn.Linear.forward, Conv1D.forward)
 
     def __init__(
         self,
@@ -51,9 +49,14 @@ class Linear(HiraLayer):
         r: int | None = None,
         fan_in_fan_out: bool = False,
         is_target_conv_1d_layer: bool = False,
+        storage_type: type[Storage] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, **kwargs)
+        if storage_type is not None:
+            self.storage_type = storage_type
+        elif fan_in_fan_out:
+            self.storage_type = Transposed
         self.fan_in_fan_out = fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
         self._active_adapter = adapter_name
@@ -65,11 +68,6 @@ class Linear(HiraLayer):
             return base.weight.shape[0], base.weight.shape[1]
         return base.in_features, base.out_features
 
-    @property
-    def storage(self) -> Storage:
-        base = self.get_base_layer()
-        return Transposed(base) if self.fan_in_fan_out else Storage(base)
-
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._linear(x, A, B, self.get_base_layer().bias)
 
@@ -80,8 +78,9 @@ class Linear(HiraLayer):
         self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, *, update_only: bool = False
     ) -> Tensor:
         storage = self.storage
-        return ops.linear(
-            x,
+        dtype = storage.compute_dtype
+        y = ops.linear(
+            x if dtype is None else x.to(dtype),
             storage.kept(),
             A,
             B,
@@ -90,6 +89,7 @@ class Linear(HiraLayer):
             dequantize=storage.dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
         )
+        return y if dtype is None else y.to(x.dtype)
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -115,7 +115,7 @@ class Linear(HiraLayer):
             inference_cache.discard(self)
             return None
         storage = self.storage
-        sources = [self.get_base_layer().weight, *(factors[name] for factors in self._factor_dicts for name in names)]
+        sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = modulate.product_dtype(x, sources[0].dtype)
         if (
             not names
@@ -166,7 +166,6 @@ class Embedding(HiraLayer):
     """
 
     factor_names = ("hira_embedding_A", "hira_embedding_B")
-    plain_forwards = (nn.Embedding.forward,)
 
     def __init__(
         self,
@@ -228,7 +227,7 @@ class Embedding(HiraLayer):
     def _rows(self, ids: Tensor) -> Tensor:
         base = self.get_base_layer()
         return F.embedding(
-            ids, base.weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
+            ids, self.storage.read(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
         )
 
     def _bounded(self, y: Tensor) -> Tensor:
@@ -260,7 +259,6 @@ class ConvNd(HiraLayer):
     Source: HiRA (ICLR 2025), equation 5, on the weight flattened to (out, in / groups * kernel).
     """
 
-    plain_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     spatial_dims: ClassVar[int | None] = None
 
     def __init__(

@@ -65,7 +65,8 @@ class MergeableLayer(BaseTunerLayer):
             self.check_merge(names)
         original = self._record.original if self._record else self.storage.snapshot()
         self._write_merged([*self.merged_adapters, *names], original)
-        self._record = _Record(original, self.get_base_layer().weight, self.get_base_layer().weight._version)
+        written = self.storage.stored
+        self._record = _Record(original, written, written._version)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -135,7 +136,7 @@ class MergeableLayer(BaseTunerLayer):
         record = self._record
         if record is None:
             return
-        weight = self.get_base_layer().weight
+        weight = self.storage.stored
         if weight is record.written and weight._version == record.version:
             return
         storage, present = self.storage, self.storage.snapshot()

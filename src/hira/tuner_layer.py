@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -40,8 +40,8 @@ class HiraLayer(nn.Module, MergeableLayer):
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
-    # forwards that compute the plain function of the weight, for which one product with W' stands in
-    plain_forwards: tuple[Callable[..., Any], ...] = ()
+    # how the base layer stores its weight
+    storage_type: type[Storage] = Storage
     # whether the model multiplies by `layer.weight` itself instead of calling the layer; then `weight` is W'
     weight_is_read: bool = False
 
@@ -70,8 +70,8 @@ class HiraLayer(nn.Module, MergeableLayer):
 
     @property
     def storage(self) -> Storage:
-        """How the base weight is stored."""
-        return Storage(self.get_base_layer())
+        """Access to the base weight."""
+        return self.storage_type(self.get_base_layer())
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (r, self.in_features), (self.out_features, r)
@@ -266,7 +266,7 @@ class HiraLayer(nn.Module, MergeableLayer):
     def _is_plain(self) -> bool:
         base = self.base_layer
         return (
-            type(base).forward in self.plain_forwards
+            type(base).forward in self.storage.plain_forwards
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )

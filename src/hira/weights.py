@@ -7,12 +7,18 @@ and `restore`). Nothing else in this package touches a base weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hira.errors import HiraError
 from hira.ops.linear import Dequantize
+
+DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Storage:
@@ -22,11 +28,34 @@ class Storage:
     layer tied to an embedding, keeps it; and to restore it is to put it back, bit for bit, ties included.
 
     Args:
-        layer: the base layer, whose parameter `weight` this is.
+        layer: the base layer.
+        name: the name of its parameter.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, name: str = "weight") -> None:
         self.layer: Any = layer
+        self.name = name
+
+    @classmethod
+    def serves(cls, layer: Any) -> bool:
+        """Whether the weight of a layer is stored like this."""
+        weight = layer.weight
+        return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
+
+    @property
+    def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
+        """The forwards that compute the plain function of W0, for which one product with W' stands in."""
+        return tuple(kind.forward for kind in DENSE_LAYERS)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype to which the base layer casts x for its product; None where it does not."""
+        return None
+
+    @property
+    def stored(self) -> Any:
+        """The tensor that the layer holds."""
+        return getattr(self.layer, self.name)
 
     @property
     def dequantize(self) -> Dequantize | None:
@@ -35,7 +64,7 @@ class Storage:
 
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
-        weight: Tensor = self.layer.weight
+        weight: Tensor = self.stored
         return weight
 
     def read(self) -> Tensor:
@@ -44,7 +73,7 @@ class Storage:
 
     def write(self, weight: Tensor) -> None:
         """Put a dense weight, oriented as `read` gives it, in the place of the stored one."""
-        self.layer.weight = nn.Parameter(weight, requires_grad=self.layer.weight.requires_grad)
+        setattr(self.layer, self.name, nn.Parameter(weight, requires_grad=self.stored.requires_grad))
 
     def snapshot(self) -> Any:
         """What `restore` needs to put the present weight back; no copy of data.
@@ -52,18 +81,18 @@ class Storage:
         Raises:
             HiraError: the weight is not a parameter of the layer, so that none can be put in its place.
         """
-        if "weight" not in self.layer._parameters:
+        if self.name not in self.layer._parameters:
             raise HiraError(
-                f"The weight of {type(self.layer).__name__} is computed, not stored, so nothing can be merged into it; "
-                "remove its parametrization first."
+                f"The {self.name} of {type(self.layer).__name__} is computed, not stored, so nothing can be merged "
+                "into it; remove its parametrization first."
             )
-        return self.layer.weight
+        return self.stored
 
     def restore(self, snapshot: Any) -> None:
         """Put back the weight of a snapshot, on the device and in the dtype that the layer has now."""
-        present = self.layer.weight
+        present = self.stored
         snapshot.data = snapshot.data.to(present.device, present.dtype)
-        self.layer.weight = snapshot
+        setattr(self.layer, self.name, snapshot)
 
 
 class Transposed(Storage):
