@@ -1,0 +1,171 @@
+"""Ways of storing a base weight: the cases of test_storages.py, and of the table in docs/base_layers.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+IN, OUT = 128, 64
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StorageCase:
+    """One way of storing the weight of a linear layer.
+
+    Args:
+        name: as it stands in the table.
+        package: the distribution that it comes from.
+        quantise: makes such a layer of an `nn.Linear`.
+        dense: W0 (out, in) of such a layer, by the package's own functions.
+        stored: all tensors that its weight consists of.
+        write: the W0 that the package stores for a layer like the first argument when given a dense weight; None where
+            it cannot store one.
+        product: the dtype in which the layer multiplies x of a dtype.
+        whole: whether the layer's output is x W0^T; False where it rounds x as well.
+        inputs: dtypes of x that the layer takes.
+    """
+
+    name: str
+    package: str
+    quantise: Callable[[nn.Linear], nn.Module]
+    dense: Callable[[Any], Tensor]
+    stored: Callable[[Any], list[Tensor]]
+    write: Callable[[Any, Tensor], Tensor] | None
+    product: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+    whole: bool = True
+    inputs: tuple[torch.dtype, ...] = FLOATS
+
+    @property
+    def installed(self) -> str | None:
+        """The version of the package; None where it is not installed."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.weight.detach()
+
+
+def _plain(dtype: torch.dtype) -> StorageCase:
+    return StorageCase(
+        name=f"`nn.Linear`, {str(dtype).removeprefix('torch.')}",
+        package="torch",
+        quantise=lambda linear: linear.to(dtype),
+        dense=_weight,
+        stored=lambda layer: [layer.weight],
+        write=lambda layer, weight: weight,
+        inputs=(dtype,),
+    )
+
+
+def _conv1d(linear: nn.Linear) -> nn.Module:
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    layer.bias = nn.Parameter(torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach())
+    return layer
+
+
+CONV1D = StorageCase(
+    name="`Conv1D` of Transformers",
+    package="transformers",
+    quantise=_conv1d,
+    dense=lambda layer: layer.weight.detach().t(),
+    stored=lambda layer: [layer.weight],
+    write=lambda layer, weight: weight,
+    inputs=(torch.float32,),
+)
+
+
+def _bnb_4bit(kind: str, double: bool, compute: torch.dtype) -> StorageCase:
+    def quantise(linear: nn.Linear) -> nn.Module:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quant_type=kind,
+            compress_statistics=double,
+            compute_dtype=compute,
+        )
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu")
+
+    def dense(layer: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    def stored(layer: Any) -> list[Tensor]:
+        assert layer.quant_state is layer.weight.quant_state
+        statistics = layer.weight.quant_state.as_dict(packed=True)
+        return [layer.weight.data, *(value for _, value in sorted(statistics.items()))]
+
+    def write(layer: Any, weight: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        options = {"blocksize": 64, "compress_statistics": double, "quant_type": kind}
+        return dequantize_4bit(*quantize_4bit(weight, **options))
+
+    return StorageCase(
+        name=f"`Linear4bit`, {kind}{', double quantisation' if double else ''}, {str(compute).removeprefix('torch.')}",
+        package="bitsandbytes",
+        quantise=quantise,
+        dense=dense,
+        stored=stored,
+        write=write,
+        product=lambda dtype: compute,
+    )
+
+
+def _bnb_8bit() -> StorageCase:
+    def quantise(linear: nn.Linear) -> nn.Module:
+        import bitsandbytes as bnb
+
+        options = {"bias": linear.bias is not None, "has_fp16_weights": False}
+        layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, **options)
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu")
+
+    def stored(layer: Any) -> list[Tensor]:
+        state, weight = layer.state, layer.weight
+        return [weight.data, weight.SCB if state.SCB is None else state.SCB]
+
+    def dense(layer: Any) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(*stored(layer))
+
+    def write(layer: Any, weight: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+        codes, scales, _ = int8_vectorwise_quant(weight.half())
+        return int8_vectorwise_dequant(codes, scales)
+
+    return StorageCase(
+        name="`Linear8bitLt`",
+        package="bitsandbytes",
+        quantise=quantise,
+        dense=dense,
+        stored=stored,
+        write=write,
+        whole=False,
+    )
+
+
+CASES = (
+    *(_plain(dtype) for dtype in (*FLOATS, torch.float64)),
+    CONV1D,
+    *(_bnb_4bit(kind, double, torch.float32) for kind in ("nf4", "fp4") for double in (False, True)),
+    *(_bnb_4bit("nf4", True, compute) for compute in (torch.bfloat16, torch.float16)),
+    _bnb_8bit(),
+)
