@@ -47,6 +47,11 @@ def test_the_quick_cases_are_right(part):
     assert all(record.wrong is None for record in bench.run(quick(part)))
 
 
+def test_the_4bit_case_is_right():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    assert all(record.wrong is None for record in bench.run(quick("4 bits")))
+
+
 def broken(model, targets, r, adapter):
     """LoRA, with a layer whose output is off by a thousandth."""
     model = methods.LORA.adapt(model, targets, r, adapter)
@@ -96,7 +101,7 @@ def test_progress_counts_every_part():
 
 def test_peak_of_memory():
     """In a process of its own; a step of the quick Llama holds its logits twice, at least."""
-    (case,) = bench.cases(bench.Options(quick=True, only=("2 x 128",)))
+    (case,) = bench.cases(bench.Options(quick=True, only=("width 256, 2 x 128",)))
     assert case.memory
     logits = 2 * 128 * 8192 * 4
     assert 2 * logits < peak.peak(case, methods.HIRA) < 40 * logits

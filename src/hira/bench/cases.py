@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from hira.bench.methods import DORA, FULL, HIRA, LORA, METHODS, PEFT_HIRA, Method, start
+from hira.bench.methods import DORA, FULL, HIRA, HIRA_INT8, LORA, METHODS, PEFT_HIRA, Method, start
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -50,6 +51,8 @@ class Case:
         repeats: how often each method is timed.
         per: what one timed call amounts to, in the units of the table: a decoding call gives several tokens.
         memory: whether the peak of memory is measured as well.
+        reference_base: makes the bare model for the reference, whose targets get the effective weights; `base` by
+            default.
     """
 
     name: str
@@ -65,11 +68,12 @@ class Case:
     repeats: int = 15
     per: int = 1
     memory: bool = False
+    reference_base: Callable[[], nn.Module] | None = None
     options: Options = field(default_factory=Options)
 
 
 def cases(options: Options) -> list[Case]:
-    """All cases for some options, in the order in which they run."""
+    """All cases for some options, in the order in which they run; a 4-bit one only where bitsandbytes is installed."""
     wanted = options.only
     return [case for case in _all(options) if not wanted or any(part in case.name for part in wanted)]
 
@@ -81,6 +85,8 @@ def _all(options: Options) -> Iterator[Case]:
     for size, tokens in grid:
         yield _linear(size, tokens, options)
     yield _llama_step(options)
+    if find_spec("bitsandbytes") is not None:
+        yield _llama_4bit_step(options)
     yield _embedding(options)
     yield _convolution(options)
     yield _decoding(options)
@@ -178,6 +184,33 @@ def _llama_step(options: Options) -> Case:
         repeats=10 if options.quick or options.device == "cuda" else 3,
         memory=True,
         options=options,
+    )
+
+
+def _llama_4bit_step(options: Options) -> Case:
+    """The step of the Llama, its linear layers packed to 4 bits (nf4, double quantisation)."""
+    import bitsandbytes as bnb
+
+    case = _llama_step(options)
+
+    def packed() -> nn.Module:
+        model: Any = case.base()
+        linears = [(name, m) for name, m in model.named_modules() if name.rpartition(".")[2] in case.targets]
+        for name, linear in linears:
+            layer = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=options.dtype
+            )
+            layer.load_state_dict(linear.state_dict())
+            model.set_submodule(name, layer.to(options.device))
+        model.is_loaded_in_4bit = True  # PEFT's own tuners ask for it
+        return cast(nn.Module, model)
+
+    return replace(
+        case,
+        name=case.name.replace(", 2 x", ", 4 bits, 2 x"),
+        base=packed,
+        reference_base=case.base,
+        methods=(LORA, HIRA, HIRA_INT8, PEFT_HIRA),
     )
 
 

@@ -143,7 +143,7 @@ def _reference(
     case: Case, method: Method, model: nn.Module, inputs: Tensor, dtype: torch.dtype
 ) -> dict[str, list[Tensor]]:
     """The same from the bare model, in a dtype, each weight replaced by the effective one, formed in float64."""
-    bare = case.base().to(dtype).requires_grad_(False)
+    bare = (case.reference_base or case.base)().to(dtype).requires_grad_(False)
     bare.train(case.mode == "train")
     parameters = list(model.parameters())
     leaves: dict[Tensor, Tensor] = {p: p.detach().double().requires_grad_(p.requires_grad) for p in parameters}

@@ -86,9 +86,20 @@ def _factors(layer: Any, kind: str, adapter: str, leaves: Leaves) -> tuple[Tenso
     return leaves[A].flatten(1), leaves[B].flatten(1)
 
 
+def _base_weight(layer: Any, leaves: Leaves) -> Tensor:
+    """W0 of a layer; of a packed weight, which nothing trains, what bitsandbytes makes of it."""
+    weight = layer.get_base_layer().weight
+    if not hasattr(weight, "quant_state"):
+        return leaves[weight]
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense: Tensor = dequantize_4bit(weight.data, weight.quant_state).double()
+    return dense
+
+
 def _lora_weight(layer: Any, adapter: str, leaves: Leaves) -> Tensor:
     A, B = _factors(layer, "lora", adapter, leaves)
-    W0 = leaves[layer.get_base_layer().weight]
+    W0 = _base_weight(layer, leaves)
     update = (B @ A).t() if isinstance(layer.get_base_layer(), nn.Embedding) else B @ A
     scale: float = layer.scaling[adapter]
     return W0 + scale * update.reshape(W0.shape)
@@ -104,7 +115,7 @@ def _dora_weight(layer: Any, adapter: str, leaves: Leaves) -> Tensor:
 
 def _hira_weight(layer: Any, adapter: str, leaves: Leaves) -> Tensor:
     A, B = _factors(layer, "hira", adapter, leaves)
-    W0 = leaves[layer.get_base_layer().weight]
+    W0 = _base_weight(layer, leaves)
     if isinstance(layer.get_base_layer(), nn.Embedding):
         return reference.modulated_weight(W0.t(), A, B).t()
     return reference.modulated_weight(W0.flatten(1), A, B).reshape(W0.shape)
