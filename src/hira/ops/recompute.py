@@ -84,11 +84,8 @@ def recomputed(*weights: Formed) -> Iterator[None]:
         tensor: Tensor = packed if unpack_outside is None else unpack_outside(packed)
         return tensor
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        by_storage.clear()  # autograd keeps the hooks, and they would keep W'
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def _can_nest() -> bool:
