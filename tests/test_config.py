@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import hira
 from hira import HiraConfig, HiraError
-from hira.config import check_adapter_file, check_config, check_init_weights, check_rank
+from hira.config import check_adapter_file, check_config, check_init_weights, check_rank, rank_of
 
 names = st.text("abcxyz._0123456789", min_size=1, max_size=8)
 lists = st.lists(names, min_size=1, max_size=3, unique=True)
@@ -123,6 +123,14 @@ def test_bad_starts(init_weights):
     with pytest.raises(HiraError) as refused:
         check_init_weights(init_weights)
     assert str(refused.value) == message
+
+
+def test_the_rank_of_a_module():
+    config = HiraConfig(r=3, rank_pattern={"q": 1, r"layers\.[01]\.v": 2})
+    assert [rank_of(config, key) for key in ("m.q", "layers.1.v", "layers.2.v")] == [1, 2, 3]
+    assert [rank_of(config, key, 5) for key in ("m.q", "m.v")] == [1, 5]
+    config.rank_pattern = None
+    assert rank_of(config, "m.q") == 3
 
 
 @pytest.mark.parametrize("pattern", [["q"], "q", 4, [("q", 4)], True], ids=repr)

@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 import hira
 from hira import HiraConfig, HiraError
+from hira.attention import dispatch_attention
 from hira.dispatch import DISPATCHERS, dispatch, dispatch_default
 
 CONFIG = HiraConfig(r=2, init_weights=False)
 SUPPORTED = (
-    r"is not supported\. HiRA adapts nn\.Linear, nn\.Embedding, nn\.Conv1d, nn\.Conv2d, nn\.Conv3d, transformers' "
-    r"Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes\.$"
+    r"is not supported\. HiRA adapts nn\.Linear, nn\.Embedding, nn\.Conv1d, nn\.Conv2d, nn\.Conv3d, "
+    r"nn\.MultiheadAttention, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes\.$"
 )
 STORED = (
     r"HiRA reads dense float weights and those of bitsandbytes; adapt the model before it is quantised, or leave this "
@@ -36,6 +37,7 @@ class OwnForward(nn.Linear):
 SERVED = {
     "linear": (lambda: nn.Linear(4, 3), hira.Linear),
     "a subclass": (lambda: OwnForward(4, 3), hira.Linear),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), hira.MultiheadAttention),
     "attention's output": (lambda: nn.MultiheadAttention(4, 2).out_proj, hira.Linear),
     "Conv1D": (lambda: Conv1D(3, 4), hira.Linear),
     "embedding": (lambda: nn.Embedding(4, 3), hira.Embedding),
@@ -52,7 +54,6 @@ NOT_SERVED = {
     "bilinear": lambda: nn.Bilinear(2, 3, 4),
     "recurrent": lambda: nn.LSTM(2, 3),
     "container": lambda: nn.Sequential(nn.Linear(2, 3)),
-    "attention": lambda: nn.MultiheadAttention(4, 2),
 }
 
 
@@ -80,7 +81,7 @@ def test_what_is_not_served(make):
     target = make()
     with pytest.raises(HiraError, match=rf"(?s)^Target module {type(target).__name__}\(.*{SUPPORTED}"):
         dispatch(target, "default", hira_config=CONFIG)
-    assert [dispatcher(target, "default", hira_config=CONFIG) for dispatcher in DISPATCHERS] == [None, None, None]
+    assert [dispatcher(target, "default", hira_config=CONFIG) for dispatcher in DISPATCHERS] == [None] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
@@ -141,7 +142,8 @@ def test_orientation_is_found_out(make, said, is_so):
 # Other tuners' layers
 
 
-@pytest.mark.parametrize("name", sorted(SERVED.keys() - {"attention's output"}))  # LoRA adapts attention as a whole
+# LoRA adapts attention as a whole, by merging
+@pytest.mark.parametrize("name", sorted(SERVED.keys() - {"attention", "attention's output"}))
 def test_around_a_layer_of_another_tuner(name):
     make, cls = SERVED[name]
     model = get_peft_model(nn.Sequential(make()), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
@@ -174,7 +176,7 @@ def test_names_under_peft():
     from peft.tuners.hira.dispatch import dispatch_default as under_peft
 
     assert under_peft is dispatch_default
-    assert (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_default) == DISPATCHERS
+    assert (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention, dispatch_default) == DISPATCHERS
     assert peft.tuners.hira.dispatch.dispatch_default is dispatch_default
     with stock_peft(), pytest.raises(ModuleNotFoundError, match=r"No module named 'peft\.tuners\.hira\.dispatch'"):
         importlib.import_module("peft.tuners.hira.dispatch")

@@ -19,11 +19,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["ops"],
-    ["weights", "config", "transaction", "inference_cache"],
+    ["weights", "config", "transaction", "inference_cache", "stand_in"],
     ["merging"],
     ["tuner_layer"],
     ["layer"],
-    ["bnb"],
+    ["bnb", "attention"],
     ["dispatch"],
     ["model"],
     ["mixed"],
@@ -39,7 +39,7 @@ OPS_LAYERS = [
     ["workspace"],
     ["dither", "int8", "cuda"],
     ["modulate"],
-    ["linear", "each", "embedding", "conv"],
+    ["linear", "each", "embedding", "conv", "recompute"],
     ["__init__"],
 ]
 OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib"}

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from hira.attention import MultiheadAttention
 from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.config import HiraConfig
 from hira.dispatch import dispatch_default
@@ -26,6 +27,7 @@ __all__ = [
     "Linear",
     "Linear4bit",
     "Linear8bitLt",
+    "MultiheadAttention",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "dispatch_default",

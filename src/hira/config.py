@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from hira.errors import HiraError
@@ -106,6 +107,13 @@ class HiraConfig(PeftConfig):
         """
         check_adapter_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def rank_of(config: Any, key: str, default: int | None = None) -> int:
+    """The rank for the module of some name: `rank_pattern`'s, or else the default, by default ``config.r``."""
+    patterns = config.rank_pattern or {}
+    rank: int = patterns.get(get_pattern_key(patterns.keys(), key), config.r if default is None else default)
+    return rank
 
 
 def check_config(config: Any) -> None:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hira.attention import dispatch_attention
 from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.errors import HiraError
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
@@ -53,7 +54,7 @@ def dispatch_default(target: nn.Module, adapter_name: str, hira_config: Any, **k
     return layer(target, adapter_name, hira_config, kwargs.get("r"), **options)
 
 
-DISPATCHERS: tuple[Dispatcher, ...] = (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_default)
+DISPATCHERS: tuple[Dispatcher, ...] = (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention, dispatch_default)
 
 
 def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module:
@@ -71,7 +72,7 @@ def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: A
             return layer
     raise HiraError(
         f"Target module {target} is not supported. HiRA adapts nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, "
-        "nn.Conv3d, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes."
+        "nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes."
     )
 
 

@@ -10,10 +10,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from hira.config import check_config
+from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
 from hira.layer import ConvNd, HiraLayer
@@ -64,13 +63,14 @@ class HiraModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
-        patterns = hira_config.rank_pattern or {}
-        r = patterns.get(get_pattern_key(patterns.keys(), current_key), hira_config.r)
+        r = rank_of(hira_config, current_key)
         if isinstance(target, HiraLayer):
-            target.update_layer(adapter_name, r, config=hira_config)
+            # attention's output may have been adapted with the attention
+            if adapter_name not in target._get_available_adapters():
+                target.update_layer(adapter_name, r, config=hira_config)
             return
         try:
-            layer: Any = dispatch(target, adapter_name, hira_config, r=r)
+            layer: Any = dispatch(target, adapter_name, hira_config, r=r, current_key=current_key)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
         layer.name = current_key
@@ -78,6 +78,12 @@ class HiraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, HiraLayer):  # unloading, where PEFT hands on a `weight`, which attention has not
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate some adapters.

@@ -187,13 +187,17 @@ class HiraLayer(nn.Module, MergeableLayer):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; W' where the model reads the weight instead of calling the layer."""
-        names = self._present(self.active_adapters)
-        if self.weight_is_read and self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.weight_is_read and names and not self.disable_adapters and not self.merged:
+        names = self._applied() if self.weight_is_read else []
+        if names:
             return self._stored_orientation(self._effective_weight(self.storage.read(), *self._factors(names)))
         weight: Tensor = super().weight
         return weight
+
+    def _applied(self) -> list[str]:
+        """The adapters of which a weight that the model reads is W'; none where the base layer's own will do."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -37,9 +37,9 @@ class Storage:
         self.name = name
 
     @classmethod
-    def serves(cls, layer: Any) -> bool:
+    def serves(cls, layer: Any, name: str = "weight") -> bool:
         """Whether the weight of a layer is stored like this."""
-        weight = layer.weight
+        weight = getattr(layer, name)
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
     @property

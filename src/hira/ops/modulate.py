@@ -96,7 +96,7 @@ def block(
     return rounded.copy_(exact) if noise is None else round_into(rounded, exact, *noise)
 
 
-def modulated_weight(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def modulated_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Form W' whole: formed and multiplied in float32 (float64 for a float64 weight), rounded once.
 
     Equation: ``W' = W0 * (1 + BA)``.
@@ -105,14 +105,15 @@ def modulated_weight(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
         W0: (out, in), of any strides.
         A: (r, in).
         B: (out, r).
+        dtype: that of W'; W0's by default.
 
     Returns:
-        W' (out, in), of W0's dtype and memory layout. Autograd tracks it; what is kept for backward is W0, A and B.
+        W' (out, in), in W0's memory layout. Autograd tracks it; what is kept for backward is W0, A and B.
         Temporaries: one block of rows in the dtype of formation; in backward, one of the whole weight.
 
     Source: HiRA (ICLR 2025), equation 5.
     """
-    weight: Tensor = _ModulatedWeight.apply(W0, A, B)
+    weight: Tensor = _ModulatedWeight.apply(W0, A, B, W0.dtype if dtype is None else dtype)
     return weight
 
 
@@ -148,20 +149,20 @@ def weight_gradient(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, *, update_only:
 
 class _ModulatedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return form(W0, A, B, W0.dtype)
+    def forward(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        return form(W0, A, B, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         W0, A, B = ctx.saved_tensors
         with no_autocast(W0.device):
             dtype = formation_dtype(W0.dtype)
             dW0 = weight_gradient(G, W0, A, B) if ctx.needs_input_grad[0] else None
             dA = torch.zeros_like(A, dtype=dtype)
             dB = pull_back(G.to(dtype, copy=True), W0, A.to(dtype), B.to(dtype), dA)
-        return dW0, dA.to(A.dtype), dB.to(B.dtype)
+        return dW0, dA.to(A.dtype), dB.to(B.dtype), None

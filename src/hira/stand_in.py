@@ -1,0 +1,45 @@
+"""A module's twin that computes with other tensors, while the module itself is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hira.errors import HiraError
+
+
+def stand_in(base: nn.Module, **attributes: Any) -> nn.Module:
+    """Return a module that shares everything with another one but some attributes.
+
+    It runs the base module's own code, hooks included. The base module is not changed, so that threads may share it and
+    an error leaves nothing behind. The twin is for a call and to be dropped: it is in no model.
+
+    Args:
+        base: the module.
+        **attributes: tensors or modules by the names under which the module's forward reads them off itself, such as
+            those of its parameters or children.
+
+    Returns:
+        The twin.
+
+    Raises:
+        HiraError: the module's forward was replaced on the instance, and would run on the module instead; or an
+            attribute is computed, as by a parametrization, so that the twin would compute it too.
+    """
+    if "forward" in base.__dict__:
+        raise HiraError(
+            f"The forward of this {type(base).__name__} was replaced on the instance, as accelerate's hooks do, and "
+            "cannot be run with other tensors; remove the hook first."
+        )
+    twin: nn.Module = object.__new__(type(base))
+    twin.__dict__.update(base.__dict__)
+    # an entry here is found before those of _parameters and _modules
+    twin.__dict__.update(attributes)
+    for name, value in attributes.items():
+        if getattr(twin, name) is not value:
+            raise HiraError(
+                f"The {name} of {type(base).__name__} is computed, not stored, so it cannot be adapted; remove its "
+                "parametrization first."
+            )
+    return twin
