@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import hira
 
@@ -61,7 +62,9 @@ def kept_for_backward(run: Callable[[], Tensor]) -> dict[int, int]:
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        names = tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else []
+        for part in [getattr(tensor, name) for name in names] or [tensor]:
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

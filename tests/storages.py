@@ -162,10 +162,82 @@ def _bnb_8bit() -> StorageCase:
     )
 
 
+def _torchao(name: str, config: Callable[[Any], Any], dtype: torch.dtype) -> StorageCase:
+    def quantise(linear: nn.Linear) -> nn.Module:
+        from torchao import quantization
+
+        linear.to(dtype)
+        quantization.quantize_(linear, config(quantization))
+        return linear
+
+    def stored(layer: Any) -> list[Tensor]:
+        names = layer.weight.tensor_data_names
+        return [getattr(layer.weight, name).view(torch.uint8) for name in names]
+
+    return StorageCase(
+        name=f"{name}, {str(dtype).removeprefix('torch.')}",
+        package="torchao",
+        quantise=quantise,
+        dense=lambda layer: layer.weight.detach().dequantize(),
+        stored=stored,
+        write=lambda layer, weight: _weight(quantise(_linear(weight))).dequantize(),
+        inputs=(dtype,),
+    )
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return linear
+
+
+TORCHAO = [
+    _torchao(name, config, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for name, config in (
+        ("`Int8Tensor`, a scale for each row", lambda ao: ao.Int8WeightOnlyConfig()),
+        ("`Int8Tensor`, for 32 columns", lambda ao: ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(32))),
+        ("`Int8Tensor`, for all", lambda ao: ao.Int8WeightOnlyConfig(granularity=ao.PerTensor())),
+        ("`Float8Tensor`, e4m3, for each row", lambda ao: ao.Float8WeightOnlyConfig()),
+        ("`Float8Tensor`, e4m3, for all", lambda ao: ao.Float8WeightOnlyConfig(granularity=ao.PerTensor())),
+        ("`Float8Tensor`, e5m2", lambda ao: ao.Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2)),
+        (
+            "`IntxUnpackedToInt8Tensor`, 4 bits, for 32 columns",
+            lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+        ),
+        (
+            "`IntxUnpackedToInt8Tensor`, 4 bits, shifted",
+            lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, mapping_type=ao.MappingType.ASYMMETRIC),
+        ),
+    )
+]
+
+
+def _hqq(bits: int, group: int, axis: int, compute: torch.dtype) -> StorageCase:
+    def quantise(linear: nn.Linear) -> nn.Module:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
+        return HQQLinear(linear.requires_grad_(False), config, compute_dtype=compute, device="cpu")
+
+    return StorageCase(
+        name=f"`HQQLinear`, {bits} bits, axis {axis}, {str(compute).removeprefix('torch.')}",
+        package="hqq",
+        quantise=quantise,
+        dense=lambda layer: layer.dequantize(),
+        stored=lambda layer: [layer.W_q, layer.meta["scale"], layer.meta["zero"]],
+        write=lambda layer, weight: quantise(_linear(weight)).dequantize(),
+        inputs=(compute,),
+    )
+
+
 CASES = (
     *(_plain(dtype) for dtype in (*FLOATS, torch.float64)),
     CONV1D,
     *(_bnb_4bit(kind, double, torch.float32) for kind in ("nf4", "fp4") for double in (False, True)),
     *(_bnb_4bit("nf4", True, compute) for compute in (torch.bfloat16, torch.float16)),
     _bnb_8bit(),
+    *TORCHAO,
+    *(_hqq(bits, 64, 1, torch.float32) for bits in (8, 4, 3, 2)),
+    *(_hqq(4, 64, axis, compute) for axis in (0, 1) for compute in (torch.bfloat16, torch.float16)),
 )

@@ -141,7 +141,7 @@ def test_a_new_adapter_does_nothing(case):
     x = torch.randn(4, IN, dtype=case.inputs[0])
     y = base(x)
     layer: Any = hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
-    torch.testing.assert_close(layer(x), y)
+    assert error(layer(x), y) <= 2 * torch.finfo(case.product(x.dtype)).eps
 
 
 @every_storage
@@ -164,11 +164,10 @@ def test_mixed_batch(case):
 @every_writable_storage
 def test_a_merge_stores_the_sum(case, names):
     layer = adapted(case, names)
-    base, kind = layer.get_base_layer(), type(layer.get_base_layer().weight)
+    base = layer.get_base_layer()
     merged = case.write(base, ops.modulated_weight(case.dense(base), *factors(layer, *names)))
     layer.merge()
     assert torch.equal(case.dense(base), merged)
-    assert type(base.weight) is kind
     x = torch.randn(4, IN, dtype=case.inputs[0])
     assert torch.equal(layer(x), base(x))
 
@@ -196,12 +195,11 @@ def test_a_merge_that_is_refused_changes_nothing(case):
     layer = adapted(case, NAMES)
     base = layer.get_base_layer()
     layer.merge(adapter_names=["a"])
-    before, weight = copies(case, base), base.weight
+    before = copies(case, base)
     with torch.no_grad():
         layer.hira_A["b"][1, 2] = math.nan
     with pytest.raises(HiraError, match=r"^NaNs detected in the merged weights\. The adapter b,c seems to be broken"):
         layer.merge(safe_merge=True)
-    assert base.weight is weight
     assert same(copies(case, base), before)
     assert layer.merged_adapters == ["a"]
 

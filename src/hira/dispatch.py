@@ -14,6 +14,8 @@ from hira.attention import dispatch_attention
 from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.errors import HiraError
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
+from hira.storages.hqq import Hqq
+from hira.storages.torchao import Torchao
 from hira.weights import Storage
 
 Dispatcher = Callable[..., nn.Module | None]
@@ -54,7 +56,26 @@ def dispatch_default(target: nn.Module, adapter_name: str, hira_config: Any, **k
     return layer(target, adapter_name, hira_config, kwargs.get("r"), **options)
 
 
-DISPATCHERS: tuple[Dispatcher, ...] = (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention, dispatch_default)
+def linear_stored_as(storage: type[Storage]) -> Dispatcher:
+    """Return a dispatcher for linear layers whose weight is stored in some way."""
+
+    def dispatch_storage(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not storage.serves(base):
+            return None
+        return Linear(target, adapter_name, hira_config, kwargs.get("r"), storage_type=storage)
+
+    return dispatch_storage
+
+
+DISPATCHERS: tuple[Dispatcher, ...] = (
+    dispatch_bnb_8bit,
+    dispatch_bnb_4bit,
+    linear_stored_as(Hqq),
+    linear_stored_as(Torchao),
+    dispatch_attention,
+    dispatch_default,
+)
 
 
 def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module:
@@ -72,7 +93,8 @@ def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: A
             return layer
     raise HiraError(
         f"Target module {target} is not supported. HiRA adapts nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, "
-        "nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes."
+        "nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and the quantised linear layers that "
+        "docs/base_layers.md lists."
     )
 
 
@@ -81,6 +103,6 @@ def _check_dense(base: nn.Module) -> None:
         weight: Any = base.weight
         raise HiraError(
             f"Target module {base} is not supported: its weight is a {type(weight.data).__name__} of {weight.dtype}. "
-            "HiRA reads dense float weights and those of bitsandbytes; adapt the model before it is quantised, or "
-            "leave this module out with exclude_modules."
+            "HiRA reads dense float weights and the quantised ones that docs/base_layers.md lists; adapt the model "
+            "before it is quantised, or leave this module out with exclude_modules."
         )

@@ -1,0 +1,47 @@
+"""Writes the tables of docs/base_layers.md from what the tests are parametrised with: python tests/base_layers.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from storages import CASES
+
+ROOT = Path(__file__).parent.parent
+PAGE, VERSIONS = ROOT / "docs/base_layers.md", ROOT / "constraints.txt"
+BEGIN, END = "<!-- tests/base_layers.py writes {} from here -->\n", "<!-- to here -->\n"
+
+
+def storages() -> list[str]:
+    """The table of storages in Markdown."""
+    pinned = dict(line.split("==") for line in VERSIONS.read_text().splitlines() if "==" in line)
+    rows = [
+        (
+            case.name,
+            f"{case.package} {pinned[case.package]}",
+            "one product with W'" if case.whole else "the layer's own product, and one of the update",
+            "yes" if case.write is not None else "no",
+        )
+        for case in CASES
+    ]
+    return table(("storage", "tested", "forward", "merges"), rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+TABLES = {"storages": storages}
+
+
+def with_tables(page: str) -> str:
+    """The page with each table between its two marks."""
+    for name, rows in TABLES.items():
+        before, begin, rest = page.partition(BEGIN.format(name))
+        page = before + begin + "\n".join(rows()) + "\n" + END + rest.partition(END)[2]
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
