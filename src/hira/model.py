@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hira.config import check_config
 from hira.dispatch import dispatch
 from hira.errors import HiraError
+from hira.experts import ParamWrapper, check_targets
 from hira.layer import ConvNd, HiraLayer
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
@@ -49,8 +50,28 @@ class HiraModel(BaseTuner):
         """Add an adapter to every targeted module; arguments and errors as the class's."""
         check_config(self.peft_config[adapter_name])
         check_new_name(model, adapter_name)
+        check_targets(model, _target_parameters(self.peft_config[adapter_name]))
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
+        targets = (peft_config.target_modules, self.target_module_mapping.get(model_config["model_type"]))
+        if _target_parameters(peft_config) and targets == (None, None):
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Refuse an adapter on other parameters than another's: the nesting of wrappers is in a checkpoint's keys."""
+        super()._check_new_adapter_config(config)
+        names = _target_parameters(config)
+        for other_name, other in self.peft_config.items():
+            others = _target_parameters(other)
+            if names and others and set(names) != set(others):
+                raise HiraError(
+                    f"target_parameters is {sorted(names)}, but {sorted(others)} for adapter {other_name!r}; adapters "
+                    "of one model have to target the same parameters, or none."
+                )
 
     def _create_and_replace(
         self,
@@ -60,17 +81,18 @@ class HiraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         patterns = hira_config.rank_pattern or {}
         r = patterns.get(get_pattern_key(patterns.keys(), current_key), hira_config.r)
-        if isinstance(target, HiraLayer):
+        if isinstance(target, HiraLayer) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, r, config=hira_config)
             return
         try:
-            layer: Any = dispatch(target, adapter_name, hira_config, r=r)
+            layer: Any = dispatch(target, adapter_name, hira_config, r=r, parameter_name=parameter_name)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
         layer.name = current_key
@@ -78,6 +100,12 @@ class HiraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT looks for a weight, which need not be there
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate some adapters.
@@ -173,6 +201,9 @@ class HiraModel(BaseTuner):
     def _check_rows_can_differ(self, adapter_names: list[str]) -> None:
         """Refuse a mixed batch where the model multiplies by a layer's weight itself, one weight for all rows."""
         for layer in hira_layers(self.model):
+            if isinstance(layer, ParamWrapper):
+                layer.check_rows(adapter_names)
+                continue
             active = layer._present(layer.active_adapters)
             wanted = {tuple(layer._present([name])) for name in adapter_names}
             if layer.weight_is_read and not isinstance(layer, ConvNd) and wanted != {tuple(active)}:
@@ -192,6 +223,10 @@ class HiraModel(BaseTuner):
         )
         _fit_to_checkpoint(model, config, adapter_name, remapped)
         return remapped
+
+
+def _target_parameters(config: Any) -> Collection[str]:
+    return getattr(config, "target_parameters", None) or ()  # not in PEFT's config
 
 
 def hira_layers(model: nn.Module) -> list[HiraLayer]:

@@ -37,9 +37,9 @@ class Storage:
         self.name = name
 
     @classmethod
-    def serves(cls, layer: Any) -> bool:
-        """Whether the weight of a layer is stored like this."""
-        weight = layer.weight
+    def serves(cls, layer: Any, name: str = "weight") -> bool:
+        """Whether a weight of a layer is stored like this."""
+        weight = getattr(layer, name)
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
     @property
