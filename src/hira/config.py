@@ -38,9 +38,9 @@ class HiraConfig(PeftConfig):
         layers_pattern: the name of the list of layers that the indices are into.
         rank_pattern: ranks for modules named by the ends of their names or by regular expressions.
         target_parameters: parameters to adapt, by the ends of their names, such as "experts.gate_up_proj": matrices,
-            and the weights of experts stacked in three dimensions. Neither `exclude_modules` nor `layers_to_transform`
-            leaves any out, as in PEFT's LoRA; nor are the architecture's modules left out but by `target_modules=[]`.
-            Not a field of PEFT's: it is saved where it is set.
+            and the weights of experts stacked in three dimensions. As in PEFT's LoRA, `exclude_modules` and
+            `layers_to_transform` do not apply to them, and the architecture's default modules are adapted as well
+            unless `target_modules` is an empty list. Not a field of PEFT's: it is saved where it is set.
         weight_gradient: how linear layers compute the gradient of their weight, which serves those of A and B alone:
             "exact", or "int8" for a product of integers that is faster for large sizes, keeps less memory, and adds
             noise of a few per cent to the gradients of A and B (docs/architecture.md). A layer with several adapters
