@@ -156,12 +156,12 @@ class ParamWrapper(HiraLayer):
         wrappers = list(self._wrappers())
         if adapter_names is not None and not self.disable_adapters:
             for wrapper in wrappers:
-                wrapper.check_rows(adapter_names)
+                wrapper._check_rows(adapter_names)
         in_use = [wrapper for wrapper in wrappers if wrapper._is_in_use()]
         base = self.get_base_layer()
         return _call(base, in_use, *args, **kwargs) if in_use else base(*args, **kwargs)
 
-    def check_rows(self, adapter_names: list[str]) -> None:
+    def _check_rows(self, adapter_names: list[str]) -> None:
         """Refuse a mixed batch that asks for other adapters than the active ones."""
         active = self._present(self.active_adapters)
         if any(self._present([name]) != active for name in adapter_names):

@@ -201,9 +201,6 @@ class HiraModel(BaseTuner):
     def _check_rows_can_differ(self, adapter_names: list[str]) -> None:
         """Refuse a mixed batch where the model multiplies by a layer's weight itself, one weight for all rows."""
         for layer in hira_layers(self.model):
-            if isinstance(layer, ParamWrapper):
-                layer.check_rows(adapter_names)
-                continue
             active = layer._present(layer.active_adapters)
             wanted = {tuple(layer._present([name])) for name in adapter_names}
             if layer.weight_is_read and not isinstance(layer, ConvNd) and wanted != {tuple(active)}:
