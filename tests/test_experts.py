@@ -428,6 +428,13 @@ def test_a_parameter_that_is_not_dense_is_refused():
     assert not any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
+def test_a_parametrized_parameter_is_refused():
+    model = model_of("mixtral")
+    nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.o_proj, "weight", nn.Tanh())
+    with pytest.raises(HiraError, match=r"o_proj\.weight: The parameter weight of ParametrizedLinear is computed"):
+        adapt(model, target_parameters=["model.layers.0.self_attn.o_proj.weight"])
+
+
 def test_mixed_models_are_refused():
     model = PeftMixedModel(model_of("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(HiraError, match="not for mixed models"):
