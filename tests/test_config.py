@@ -66,7 +66,7 @@ def test_the_fields_and_defaults_are_those_of_peft():
         stock = peft.HiraConfig
     assert peft.HiraConfig is HiraConfig is not stock
     names = [field.name for field in dataclasses.fields(HiraConfig)]
-    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient"]
+    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient", "target_parameters"]
     assert fields(HiraConfig()) == fields(stock())
     assert HiraConfig().peft_type is PeftType.HIRA
     assert all(field.metadata.get("help") for field in dataclasses.fields(HiraConfig) if field.name in LAYERS)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import hira
 from hira import HiraConfig, HiraError
 from hira.attention import dispatch_attention
-from hira.dispatch import DISPATCHERS, dispatch, dispatch_default
+from hira.dispatch import DISPATCHERS, dispatch, dispatch_default, dispatch_parameter
 
 CONFIG = HiraConfig(r=2, init_weights=False)
 SUPPORTED = (
@@ -81,7 +81,7 @@ def test_what_is_not_served(make):
     target = make()
     with pytest.raises(HiraError, match=rf"(?s)^Target module {type(target).__name__}\(.*{SUPPORTED}"):
         dispatch(target, "default", hira_config=CONFIG)
-    assert [dispatcher(target, "default", hira_config=CONFIG) for dispatcher in DISPATCHERS] == [None] * 4
+    assert {dispatcher(target, "default", hira_config=CONFIG) for dispatcher in DISPATCHERS} == {None}
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
@@ -176,7 +176,9 @@ def test_names_under_peft():
     from peft.tuners.hira.dispatch import dispatch_default as under_peft
 
     assert under_peft is dispatch_default
-    assert (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention, dispatch_default) == DISPATCHERS
+    assert DISPATCHERS[0] is dispatch_parameter  # what a parameter's module is does not matter
+    assert {dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention} < set(DISPATCHERS)
+    assert DISPATCHERS[-1] is dispatch_default
     assert peft.tuners.hira.dispatch.dispatch_default is dispatch_default
     with stock_peft(), pytest.raises(ModuleNotFoundError, match=r"No module named 'peft\.tuners\.hira\.dispatch'"):
         importlib.import_module("peft.tuners.hira.dispatch")

@@ -19,10 +19,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["ops"],
-    ["weights", "config", "transaction", "inference_cache", "stand_in"],
-    ["merging"],
+    ["weights", "config", "transaction", "inference_cache", "stand_in", "lazy_weight"],
+    ["merging", "storages"],
     ["tuner_layer"],
-    ["layer"],
+    ["layer", "experts"],
     ["bnb", "attention"],
     ["dispatch"],
     ["model"],

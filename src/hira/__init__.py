@@ -7,6 +7,7 @@ from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8
 from hira.config import HiraConfig
 from hira.dispatch import dispatch_default
 from hira.errors import HiraError
+from hira.experts import ParamWrapper
 from hira.inference_cache import inference_cache
 from hira.layer import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, HiraLayer, Linear
 from hira.model import HiraModel
@@ -28,6 +29,7 @@ __all__ = [
     "Linear4bit",
     "Linear8bitLt",
     "MultiheadAttention",
+    "ParamWrapper",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "dispatch_default",

@@ -38,6 +38,10 @@ class HiraConfig(PeftConfig):
         layers_to_transform: the indices of the layers to adapt, all by default.
         layers_pattern: the name of the list of layers that the indices are into.
         rank_pattern: ranks for modules named by the ends of their names or by regular expressions.
+        target_parameters: parameters to adapt, by the ends of their names, such as "experts.gate_up_proj": matrices,
+            and the weights of experts stacked in three dimensions. As in PEFT's LoRA, `exclude_modules` and
+            `layers_to_transform` do not apply to them, and the architecture's default modules are adapted as well
+            unless `target_modules` is an empty list. Not a field of PEFT's: it is saved where it is set.
         weight_gradient: how linear layers compute the gradient of their weight, which serves those of A and B alone:
             "exact", or "int8" for a product of integers that is faster for large sizes, keeps less memory, and adds
             noise of a few per cent to the gradients of A and B (docs/architecture.md). A layer with several adapters
@@ -45,9 +49,9 @@ class HiraConfig(PeftConfig):
             adapter computes does not depend on it.
 
     Raises:
-        HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1),
-            `init_weights` or `weight_gradient` is unknown, or `layers_to_transform` or `layers_pattern` goes with a
-            regular expression.
+        HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1), or not 0 with
+            `target_parameters`, these are not a list of names, `init_weights` or `weight_gradient` is unknown, or
+            `layers_to_transform` or `layers_pattern` goes with a regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """
@@ -82,6 +86,9 @@ class HiraConfig(PeftConfig):
         default="exact",
         metadata={"help": "'exact', or 'int8': faster and leaner, with noise in the gradients of A and B."},
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "The parameters to adapt, such as the weights of experts: a list of names."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,10 +99,11 @@ class HiraConfig(PeftConfig):
         check_config(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: those that PEFT knows, and `weight_gradient` where it is not the default."""
+        """The fields as they are saved: those that PEFT knows, and others where they are not the default."""
         fields: dict[str, Any] = super().to_dict()
-        if self.weight_gradient == "exact":
-            del fields["weight_gradient"]
+        for name, default in (("weight_gradient", "exact"), ("target_parameters", None)):
+            if fields[name] == default:
+                del fields[name]
         return fields
 
     @classmethod
@@ -130,6 +138,7 @@ def check_config(config: Any) -> None:
     weight_gradient = getattr(config, "weight_gradient", "exact")
     if weight_gradient not in ("exact", "int8"):
         raise HiraError(f"weight_gradient must be 'exact' or 'int8', not {weight_gradient!r}.")
+    check_target_parameters(getattr(config, "target_parameters", None), dropout)
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:
@@ -149,6 +158,19 @@ def check_init_weights(init_weights: Any) -> None:
     """Refuse a way to start that does not exist."""
     if not (init_weights is None or isinstance(init_weights, bool) or init_weights == "gaussian"):
         raise HiraError(f"init_weights must be True, False, None or 'gaussian', not {init_weights!r}.")
+
+
+def check_target_parameters(names: Any, dropout: float) -> None:
+    """Refuse what is no list of names, and dropout, which would have to drop entries of W0 * BA."""
+    if names is None:
+        return
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) and name for name in names):
+        raise HiraError(f"target_parameters must be a list of names, such as ['experts.down_proj'], not {names!r}.")
+    if names and dropout:
+        raise HiraError(
+            f"hira_dropout must be 0 with target_parameters, not {dropout}: the product of an expert's tokens is its "
+            "module's own, in which the update has no input of its own to drop."
+        )
 
 
 def check_adapter_file(path: Path) -> None:

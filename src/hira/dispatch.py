@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hira.attention import dispatch_attention
 from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.errors import HiraError
+from hira.experts import ParamWrapper
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
 from hira.storages.hqq import Hqq
 from hira.storages.torchao import Torchao
@@ -56,6 +57,28 @@ def dispatch_default(target: nn.Module, adapter_name: str, hira_config: Any, **k
     return layer(target, adapter_name, hira_config, kwargs.get("r"), **options)
 
 
+def dispatch_parameter(
+    target: nn.Module, adapter_name: str, hira_config: Any, *, parameter_name: str | None = None, **kwargs: Any
+) -> nn.Module | None:
+    """Return the layer for a single parameter of a module, None where the module itself is adapted.
+
+    Args:
+        target, adapter_name, hira_config, **kwargs: as for `dispatch_default`.
+        parameter_name: the parameter's name.
+
+    Raises:
+        HiraError: the parameter cannot be served, or the module has single parameters that are adapted.
+    """
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, hira_config, kwargs.get("r"), parameter_name=parameter_name)
+    if isinstance(target, ParamWrapper):
+        raise HiraError(
+            f"Its parameter {target.parameter_name} is adapted on its own already; target it with target_parameters or "
+            "the module with target_modules, not both."
+        )
+    return None
+
+
 def linear_stored_as(storage: type[Storage]) -> Dispatcher:
     """Return a dispatcher for linear layers whose weight is stored in some way."""
 
@@ -69,6 +92,7 @@ def linear_stored_as(storage: type[Storage]) -> Dispatcher:
 
 
 DISPATCHERS: tuple[Dispatcher, ...] = (
+    dispatch_parameter,
     dispatch_bnb_8bit,
     dispatch_bnb_4bit,
     linear_stored_as(Hqq),

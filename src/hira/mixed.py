@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hira.config import check_config
+from hira.errors import HiraError
 from hira.layer import HiraLayer
 from hira.model import HiraModel, check_new_name, hira_layers
 from hira.transaction import unchanged_on_error
@@ -33,6 +34,8 @@ class HiraMixedModel(MixedModel):
         if _is_hira(self.peft_config[adapter_name]):
             check_config(self.peft_config[adapter_name])
             check_new_name(model, adapter_name)
+            if getattr(self.peft_config[adapter_name], "target_parameters", None):
+                raise HiraError("target_parameters is not for mixed models; target modules, or use PeftModel.")
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
+from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
@@ -48,8 +49,28 @@ class HiraModel(BaseTuner):
         """Add an adapter to every targeted module; arguments and errors as the class's."""
         check_config(self.peft_config[adapter_name])
         check_new_name(model, adapter_name)
+        check_targets(model, _target_parameters(self.peft_config[adapter_name]))
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
+        targets = (peft_config.target_modules, self.target_module_mapping.get(model_config["model_type"]))
+        if _target_parameters(peft_config) and targets == (None, None):
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Refuse an adapter on other parameters than another's: the nesting of wrappers is in a checkpoint's keys."""
+        super()._check_new_adapter_config(config)
+        names = _target_parameters(config)
+        for other_name, other in self.peft_config.items():
+            others = _target_parameters(other)
+            if names and others and set(names) != set(others):
+                raise HiraError(
+                    f"target_parameters is {sorted(names)}, but {sorted(others)} for adapter {other_name!r}; adapters "
+                    "of one model have to target the same parameters, or none."
+                )
 
     def _create_and_replace(
         self,
@@ -59,18 +80,20 @@ class HiraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         r = rank_of(hira_config, current_key)
-        if isinstance(target, HiraLayer):
+        if isinstance(target, HiraLayer) and target.parameter_name == parameter_name:
             # attention's output may have been adapted with the attention
             if adapter_name not in target._get_available_adapters():
                 target.update_layer(adapter_name, r, config=hira_config)
             return
+        options = {"r": r, "current_key": current_key, "parameter_name": parameter_name}
         try:
-            layer: Any = dispatch(target, adapter_name, hira_config, r=r, current_key=current_key)
+            layer: Any = dispatch(target, adapter_name, hira_config, **options)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
         layer.name = current_key
@@ -80,8 +103,8 @@ class HiraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, HiraLayer):  # unloading, where PEFT hands on a `weight`, which attention has not
-            setattr(parent, child_name, new_module)
+        if isinstance(child, HiraLayer) and not isinstance(new_module, HiraLayer):
+            setattr(parent, child_name, new_module)  # PEFT looks for a weight, which need not be there
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -198,6 +221,10 @@ class HiraModel(BaseTuner):
         )
         _fit_to_checkpoint(model, config, adapter_name, remapped)
         return remapped
+
+
+def _target_parameters(config: Any) -> Collection[str]:
+    return getattr(config, "target_parameters", None) or ()  # not in PEFT's config
 
 
 def hira_layers(model: nn.Module) -> list[HiraLayer]:

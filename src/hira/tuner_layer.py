@@ -44,6 +44,8 @@ class HiraLayer(nn.Module, MergeableLayer):
     storage_type: type[Storage] = Storage
     # whether the model multiplies by `layer.weight` itself instead of calling the layer; then `weight` is W'
     weight_is_read: bool = False
+    # the parameter that is adapted, where not the layer as such
+    parameter_name: str | None = None
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)

@@ -38,7 +38,7 @@ class Storage:
 
     @classmethod
     def serves(cls, layer: Any, name: str = "weight") -> bool:
-        """Whether the weight of a layer is stored like this."""
+        """Whether a weight of a layer is stored like this."""
         weight = getattr(layer, name)
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
