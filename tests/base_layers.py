@@ -15,16 +15,14 @@ BEGIN, END = "<!-- tests/base_layers.py writes {} from here -->\n", "<!-- to her
 def storages() -> list[str]:
     """The table of storages in Markdown."""
     pinned = dict(line.split("==") for line in VERSIONS.read_text().splitlines() if "==" in line)
-    rows = [
-        (
-            case.name,
-            f"{case.package} {pinned[case.package]}",
-            "one product with W'" if case.whole else "the layer's own product, and one of the update",
-            "yes" if case.write is not None else "no",
-        )
-        for case in CASES
-    ]
-    return table(("storage", "tested", "forward", "merges"), rows)
+    dtypes: dict[tuple[str, ...], list[str]] = {}
+    for case in CASES:
+        forward = "one product with W'" if case.whole else "the layer's own product, and one of the update"
+        merges = "yes" if case.write is not None else "no"
+        row = (case.name, f"{case.package} {pinned[case.package]}", forward, merges)
+        dtypes.setdefault(row, []).append("any" if case.dtype is None else str(case.dtype).removeprefix("torch."))
+    rows = [(name, ", ".join(found), *rest) for (name, *rest), found in dtypes.items()]
+    return table(("storage", "dtypes", "tested", "forward", "merges"), rows)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -159,7 +159,10 @@ class HiraModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
         for layer in hira_layers(self.model):
-            layer.storage.snapshot()
+            try:
+                layer.storage.snapshot()
+            except HiraError as error:
+                raise HiraError(f"{layer.name}: {error}") from error
             if safe_merge:
                 layer.check_merge(adapter_names)
 

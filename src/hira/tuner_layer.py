@@ -142,6 +142,10 @@ class HiraLayer(nn.Module, MergeableLayer):
             factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
         self.r[adapter_name] = r
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+        _, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return self.storage.stored.device, dtype
+
     @property
     def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
         A, B = self.factor_names

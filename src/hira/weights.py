@@ -103,3 +103,13 @@ class Transposed(Storage):
 
     def write(self, weight: Tensor) -> None:
         super().write(weight.t())
+
+
+class ReadOnly(Storage):
+    """A weight that can be read but not written, such as one that is quantised by calibration."""
+
+    def snapshot(self) -> Any:
+        raise HiraError(
+            f"The weight of {type(self.layer).__name__} can be read but not written, so nothing can be merged into it; "
+            "save the adapter, load it on the model as it was before it was quantised, and merge it there."
+        )
