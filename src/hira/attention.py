@@ -85,10 +85,6 @@ class MultiheadAttention(HiraLayer):
         elif not base.out_proj._present([adapter_name]):
             base.out_proj.update_layer(adapter_name, rank, config=config)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self.storage.stored
-        return weight.device, weight.dtype
-
     # What a model reads
 
     @property

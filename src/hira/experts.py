@@ -130,10 +130,6 @@ class ParamWrapper(HiraLayer):
             delta = delta.transpose(1, 2)
         return delta if self._is_stacked else delta[0]
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter = getattr(base_layer, self.parameter_name)
-        return parameter.device, parameter.dtype
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

@@ -143,8 +143,9 @@ class HiraLayer(nn.Module, MergeableLayer):
         self.r[adapter_name] = r
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-        _, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return self.storage.stored.device, dtype
+        """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
+        stored = self.storage.stored
+        return stored.device, getattr(self.get_base_layer(), "compute_dtype", stored.dtype)
 
     @property
     def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
