@@ -187,8 +187,8 @@ def dispatch_attention(target: nn.Module, adapter_name: str, hira_config: Any, *
         **kwargs: `r`, the rank, if not the config's, and `current_key`, the module's name in the model.
 
     Raises:
-        HiraError: the module's weights are three, not dense, computed, or adapted by another tuner; or the config asks
-            for dropout. The module is left as it was.
+        HiraError: the module's weights are three, not dense, or adapted by another tuner; or the config asks for
+            dropout. The module is left as it was.
     """
     base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, nn.MultiheadAttention):
@@ -206,7 +206,6 @@ def dispatch_attention(target: nn.Module, adapter_name: str, hira_config: Any, *
         )
     for layer, name in ((base, "in_proj_weight"), (output, "weight")):
         layer = layer.get_base_layer() if isinstance(layer, HiraLayer) else layer
-        Storage(layer, name).snapshot()
         if not Storage.serves(layer, name):
             raise HiraError(
                 f"Target module {type(base).__name__} is not supported: its {name} is a "

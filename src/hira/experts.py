@@ -40,8 +40,7 @@ class ParamWrapper(HiraLayer):
 
     Raises:
         HiraError: the rank is not a positive integer, the parameter is not a dense float one of two or three
-            dimensions, or is parametrized, another tuner wraps the module, or the config asks for dropout or
-            `fan_in_fan_out`.
+            dimensions, another tuner wraps the module, or the config asks for dropout or `fan_in_fan_out`.
 
     Source: HiRA (ICLR 2025), equation 5; the layout from PEFT's LoRA.
     """
@@ -210,12 +209,7 @@ def check_parameter(layer: nn.Module, name: str) -> None:
             f"The parameter {name} is one of a layer of {type(layer).__module__}, which adapts it too; target it with "
             "target_parameters or its module with target_modules, not both."
         )
-    if name not in base._parameters:
-        raise HiraError(
-            f"The parameter {name} of {type(base).__name__} is computed, not stored, so it cannot be adapted; remove "
-            "its parametrization first."
-        )
-    parameter = base._parameters[name]
+    parameter = getattr(base, name)
     if parameter.dim() not in (2, 3) or not Storage.serves(base, name):
         raise HiraError(
             f"The parameter {name} of {type(base).__name__} is a {type(parameter.data).__name__} of {parameter.dtype} "

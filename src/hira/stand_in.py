@@ -24,22 +24,18 @@ def stand_in(base: nn.Module, **attributes: Any) -> nn.Module:
         The twin.
 
     Raises:
-        HiraError: the module's forward was replaced on the instance, and would run on the module instead; or an
-            attribute is computed, as by a parametrization, so that the twin would compute it too.
+        HiraError: the module's forward was replaced on the instance, and would run on the module instead.
     """
     if "forward" in base.__dict__:
         raise HiraError(
             f"The forward of this {type(base).__name__} was replaced on the instance, as accelerate's hooks do, and "
             "cannot be run with other tensors; remove the hook first."
         )
-    twin: nn.Module = object.__new__(type(base))
+    # what a class computes, as under a parametrization, is found before anything on an instance
+    computed = {name: value for name, value in attributes.items() if hasattr(type(base), name)}
+    kind = type(type(base).__name__, (type(base),), computed) if computed else type(base)
+    twin: nn.Module = object.__new__(kind)
     twin.__dict__.update(base.__dict__)
     # an entry here is found before those of _parameters and _modules
     twin.__dict__.update(attributes)
-    for name, value in attributes.items():
-        if getattr(twin, name) is not value:
-            raise HiraError(
-                f"The {name} of {type(base).__name__} is computed, not stored, so it cannot be adapted; remove its "
-                "parametrization first."
-            )
     return twin
