@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hira import offload
 from hira.errors import HiraError
 from hira.lazy_weight import Expert, LazyWeight
 from hira.stand_in import stand_in
@@ -151,6 +152,7 @@ class ParamWrapper(HiraLayer):
             HiraError: `adapter_names` asks for other adapters: the module gets tokens, not rows.
         """
         wrappers = list(self._wrappers())
+        check_not_offloaded(self.get_base_layer())
         if adapter_names is not None and not self.disable_adapters:
             for wrapper in wrappers:
                 wrapper._check_rows(adapter_names)
@@ -202,6 +204,15 @@ def _call(base: nn.Module, wrappers: list[ParamWrapper], *args: Any, **kwargs: A
             del base.__dict__[name]
 
 
+def check_not_offloaded(base: nn.Module) -> None:
+    """Refuse a module whose parameters accelerate brings in, over what would stand in their place."""
+    if offload.source(base) is not None:
+        raise HiraError(
+            f"accelerate offloads the parameters of {type(base).__name__}, and would bring them in over the adapted "
+            "ones. Leave this module on its device in the device map, or out of target_parameters."
+        )
+
+
 def check_parameter(layer: nn.Module, name: str) -> None:
     """Refuse a parameter that no ParamWrapper serves."""
     base: Any = layer.get_base_layer() if isinstance(layer, ParamWrapper) else layer
@@ -210,6 +221,7 @@ def check_parameter(layer: nn.Module, name: str) -> None:
             f"The parameter {name} is one of a layer of {type(layer).__module__}, which adapts it too; target it with "
             "target_parameters or its module with target_modules, not both."
         )
+    check_not_offloaded(base)
     if name not in base._parameters:
         raise HiraError(
             f"The parameter {name} of {type(base).__name__} is computed, not stored, so it cannot be adapted; remove "

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from hira import offload
@@ -52,6 +52,7 @@ class HiraModel(BaseTuner):
         check_config(self.peft_config[adapter_name])
         check_new_name(model, adapter_name)
         check_targets(model, _target_parameters(self.peft_config[adapter_name]))
+        offload.check_copies(model, self.peft_config[adapter_name].modules_to_save or ())
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
@@ -228,6 +229,16 @@ class HiraModel(BaseTuner):
                 )
 
     # Checkpoints
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module; offloaded embeddings are brought in if they are targeted, as PEFT then saves them too."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        targets = [name for config in self.peft_config.values() for name in config.target_modules or ()]
+        if any(name in targets for name in EMBEDDING_LAYER_NAMES):
+            for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
+                if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
+                    offload.bring_in(state, module, f"{name}.")
+        return state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -92,9 +92,15 @@ def away(module: nn.Module, name: str) -> Away | None:
 
 def present(module: nn.Module, name: str) -> Any:
     """A tensor of a module, brought in if it is elsewhere; None if there is none of that name."""
-    found = away(module, name)
-    tensor = getattr(module, name, None)
-    return tensor if found is None else found.fetch(tensor)
+    found, tensor = away(module, name), getattr(module, name, None)
+    return tensor if found is None or tensor is None else found.fetch(tensor)
+
+
+def bring_in(state: dict[str, Any], module: nn.Module, prefix: str) -> None:
+    """Put a module's own parameters into a state dict in which they are placeholders."""
+    for name, _ in module.named_parameters(recurse=False):
+        if is_away(module, name):
+            state[f"{prefix}{name}"] = present(module, name)
 
 
 class Kept(NamedTuple):
@@ -124,39 +130,69 @@ def put(module: nn.Module, name: str, value: Tensor | Kept) -> None:
     else:
         others[name] = value.detach().to("cpu")
     hook.weights_map = ChainMap(others, below) if others else below
-    if not getattr(module, name).is_meta:  # it is in the middle of a forward, or of a merge of PEFT's
-        parameter = module._parameters[name]
+    parameter = getattr(module, name)
+    if not parameter.is_meta:  # it was brought in, as for a merge of PEFT's
         new = hook.weights_map[name].detach().to(parameter.device, parameter.dtype)
-        module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+        setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
 
-def _layers(weights: Any) -> tuple[dict[str, Tensor], Any]:
+def _layers(weights: Any) -> tuple[Any, Any]:
     return (weights.maps[0], weights.maps[1]) if isinstance(weights, ChainMap) else ({}, weights)
 
 
-def check_reachable(module: nn.Module, tensor: Tensor, x: Tensor) -> None:
-    """Refuse to compute with a placeholder; PyTorch would not always notice, and give any numbers."""
-    if tensor.is_meta and not x.is_meta and source(module) is None:
+def place(x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
+    """Move x to where a module's hook has the module computed.
+
+    Raises:
+        HiraError: the weight is a placeholder that nobody would bring in. PyTorch would not always notice, and compute
+            with it.
+    """
+    device = execution_device(module)
+    x = x if device is None else x.to(device)
+    if weight.is_meta and not x.is_meta and source(module) is None:
         raise HiraError(
             f"The weight of {type(module).__name__} is on the meta device, and there is no hook that would bring it "
-            "in. Load the model's weights first; if accelerate offloads whole blocks (preload_module_classes), "
+            "in. Load the model's weights first. If accelerate offloads whole blocks, with preload_module_classes, "
             "offload without that."
         )
+    return x
+
+
+def check_can_train(factors: nn.Module, name: str) -> None:
+    """Refuse to train a parameter of which accelerate brings in copies."""
+    if torch.is_grad_enabled() and getattr(factors, name).requires_grad and is_away(factors, name):
+        raise HiraError(
+            f"Adapter {name!r} is offloaded with the model and cannot be trained there. Offload the model first and "
+            "adapt it then, which leaves adapters on the execution device; or call the model under torch.no_grad()."
+        )
+
+
+def check_copies(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse to train modules in full, by the ends of their names, where accelerate brings in copies of their weights.
+
+    Args:
+        model: the model.
+        names: the names, as in `modules_to_save`.
+    """
+    for key, module in model.named_modules():
+        named = any(f".{key}".endswith(f".{name}") for name in names)
+        if named and any(source(inner) is not None for inner in module.modules()):
+            raise HiraError(
+                f"modules_to_save names {key}, which accelerate offloads, so that it could not be trained; leave it on "
+                "its device in the device map, or out of modules_to_save."
+            )
 
 
 @contextmanager
 def left_where_it_is(model: nn.Module) -> Iterator[None]:
     """Hide from PEFT that a model is spread over devices, so that it does not spread it anew."""
-    spread = [(module, module.__dict__.pop("hf_device_map")) for module in _spread(model)]
+    found = [module for module in model.modules() if "hf_device_map" in module.__dict__]
+    spread = [(module, module.__dict__.pop("hf_device_map")) for module in found]
     try:
         yield
     finally:
         for module, devices in spread:
             module.hf_device_map = devices
-
-
-def _spread(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if "hf_device_map" in module.__dict__]
 
 
 def check_blocks(model: nn.Module, kind: type[nn.Module], what: str) -> None:

@@ -155,7 +155,8 @@ def _is_spread_for_hira(model: nn.Module, model_id: Any, options: dict[str, Any]
     if config is not None:
         return bool(config.peft_type == PeftType.HIRA)
     where = ("subfolder", "revision", "cache_dir", "use_auth_token", "token")
-    found = peft.PeftConfig._get_peft_type(model_id, **{name: options.get(name) for name in where})
+    given = {name: options[name] for name in where if options.get(name) is not None}
+    found = peft.PeftConfig._get_peft_type(model_id, **given)
     return bool(found == PeftType.HIRA)
 
 

@@ -164,26 +164,15 @@ class HiraLayer(nn.Module, MergeableLayer):
 
     def _factor(self, factors: nn.ParameterDict, name: str) -> Tensor:
         """A or B of an adapter, brought in if it was offloaded."""
-        away = offload.away(factors, name)
-        factor: Tensor = factors[name]
-        if away is None:
-            return factor
-        if factor.requires_grad and torch.is_grad_enabled():
-            raise HiraError(
-                f"Adapter {name!r} of {self.name or 'a layer'} is offloaded with the model and cannot be trained there. "
-                "Offload the model first and adapt it then, which leaves adapters on the execution device; or call it "
-                "under torch.no_grad()."
-            )
-        return away.fetch(factor)
+        offload.check_can_train(factors, name)
+        factor: Tensor = offload.present(factors, name)
+        return factor
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As of any module; adapters that were offloaded are brought in for it."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for attribute in self.adapter_layer_names:
-            factors = getattr(self, attribute)
-            for name in factors:
-                if offload.is_away(factors, name):
-                    state[f"{prefix}{attribute}.{name}"] = offload.present(factors, name)
+            offload.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -278,11 +267,9 @@ class HiraLayer(nn.Module, MergeableLayer):
 
     def _placed(self, x: Tensor) -> Tensor:
         """x where accelerate's hook, if there is one, has the base layer computed."""
-        base, storage = self.get_base_layer(), self.storage
+        storage = self.storage
         storage.check_here()
-        offload.check_reachable(base, storage.stored, x)
-        device = offload.execution_device(base)
-        return x if device is None else x.to(device)
+        return offload.place(x, self.get_base_layer(), storage.stored)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)

@@ -28,8 +28,8 @@ class Storage:
     `write` installs a new parameter instead of changing the old one. Whoever shares the old one, such as an output
     layer tied to an embedding, keeps it; and to restore it is to put it back, bit for bit, ties included.
 
-    Where accelerate keeps the weight elsewhere, the layer has a placeholder, which is what autograd keeps; W0 is brought
-    in for each product. A merged weight goes to where the base layer's own forward will find it.
+    Where accelerate keeps the weight elsewhere, the layer has a placeholder, which is what autograd keeps; W0 is
+    brought in for each product. A merged weight goes to where the base layer's own forward will find it.
 
     Args:
         layer: the base layer.
