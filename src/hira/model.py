@@ -248,6 +248,7 @@ class HiraModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         _fit_to_checkpoint(model, config, adapter_name, remapped)
+        offload.take(remapped, model)
         return remapped
 
 

@@ -63,11 +63,12 @@ def returns_output(module: nn.Module) -> bool:
 
 def is_own_forward(module: nn.Module) -> bool:
     """Whether a module runs the forward of its type, if with hooks around it that only move tensors."""
-    if "forward" not in module.__dict__:
-        return True
     around = hooks(module)
-    own = getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
-    return own and bool(around) and all(_aligns(hook) and not hook.no_grad for hook in around)
+    forward = module.__dict__.get("_old_forward" if around else "forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    if around:
+        return own and all(_aligns(hook) and not hook.no_grad for hook in around)
+    return own or "forward" not in module.__dict__  # a hook that is removed leaves the method on the instance
 
 
 class Away(NamedTuple):
@@ -134,6 +135,17 @@ def put(module: nn.Module, name: str, value: Tensor | Kept) -> None:
     if not parameter.is_meta:  # it was brought in, as for a merge of PEFT's
         new = hook.weights_map[name].detach().to(parameter.device, parameter.dtype)
         setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
+
+
+def take(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Take what a state dict has for tensors that are elsewhere, which PyTorch would not load into a placeholder."""
+    for prefix, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            value = state.get(f"{prefix}.{name}")
+            if value is not None and value.shape == tensor.shape and is_away(module, name):
+                del state[f"{prefix}.{name}"]
+                if not torch.equal(value.to(tensor.dtype), present(module, name).to(value.device)):
+                    put(module, name, value)
 
 
 def _layers(weights: Any) -> tuple[Any, Any]:
