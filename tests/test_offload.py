@@ -13,7 +13,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from conftest import kept_for_backward
 from offloading import CPU, DEVICES, TARGETS, WAYS, Way, llama
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Adapter name '.' should not be contained"),
     pytest.mark.filterwarnings("ignore:.*Could not find a config file in"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 
@@ -250,10 +251,17 @@ def test_unloading(way, merge, tmp_path):
         assert not torch.equal(logits(found), logits(llama()))
 
 
-def test_a_merged_model_is_saved_with_what_was_merged(tmp_path):
-    way = next(way for way in WAYS if "from_pretrained" in way.name)
-    adapt(way.offload(llama(), tmp_path)).merge_and_unload().save_pretrained(tmp_path / "merged")
-    expected = adapt(llama()).merge_and_unload()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_merged_model_is_saved_with_what_was_merged(tied, tmp_path):
+    bases = llama(), llama()
+    for base in bases:
+        if tied:
+            base.lm_head.weight, base.config.tie_word_embeddings = base.model.embed_tokens.weight, True
+    targets = ["q_proj", "lm_head"]
+    model = adapt(loaded(tmp_path, bases[0]), target_modules=targets).merge_and_unload()
+    model.save_pretrained(tmp_path / "merged")
+    expected = adapt(bases[1], target_modules=targets).merge_and_unload()
+    assert not model.config.tie_word_embeddings
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(expected))
 
 
@@ -371,6 +379,44 @@ def test_saving_and_loading(way, tmp_path, monkeypatch):
     assert not hasattr(base, "hf_device_map") or base.hf_device_map == DEVICES
 
 
+def loaded(folder: Path, base: nn.Module | None = None) -> nn.Module:
+    """A model in part on the disk, as Transformers loads it."""
+    return WAYS[-1].offload(llama() if base is None else base, folder)
+
+
+def test_embeddings_of_a_checkpoint_are_loaded(tmp_path):
+    other = llama()
+    nn.init.normal_(other.model.embed_tokens.weight)
+    adapt(other).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(cpu_offload(llama(), CPU), tmp_path / "adapter")
+    assert_away(model, WAYS[0])
+    expected = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    assert not torch.equal(logits(expected), logits(adapt(llama())))
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_methods_of_transformers(tmp_path):
+    adapt(llama()).save_pretrained(tmp_path / "adapter")
+    expected = llama()
+    expected.add_adapter(HiraConfig(r=3, target_modules=TARGETS))
+    fill(expected)
+    added, read = loaded(tmp_path), loaded(tmp_path)
+    added.add_adapter(HiraConfig(r=3, target_modules=TARGETS))
+    assert_same_training(fill(added), expected)
+    read.load_adapter(str(tmp_path / "adapter"))
+    assert_away(read, WAYS[-1])
+    assert torch.equal(logits(read), logits(adapt(llama())))
+
+
+def test_auto_class(tmp_path):
+    base = loaded(tmp_path)
+    adapt(base).save_pretrained(tmp_path / "adapter")
+    options = {"device_map": DEVICES, "offload_folder": str(tmp_path / "more")}
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
+    assert_away(model, WAYS[-1])
+    assert torch.equal(logits(model), logits(adapt(llama())))
+
+
 @ways
 def test_adapted_before_it_was_offloaded(way, tmp_path):
     """The adapter is away with the model: good to run, to merge and to save, but not to train."""
@@ -426,6 +472,18 @@ def test_inputs_are_moved_to_the_execution_device():
     layer.to("meta")
     assert layer._is_plain()
     assert model(torch.randn(3, 6)).device.type == "meta"
+
+
+def test_compiled():
+    model = adapt(cpu_offload(nn.Sequential(nn.Linear(8, 8)), CPU), target_modules=["0"])
+    x, gradients = torch.randn(3, 8), []
+    for each in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        each(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in trained(model).values()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.compile(model, backend="aot_eager")(x))
 
 
 def test_another_hook_is_run():

@@ -56,6 +56,7 @@ class HiraModel(BaseTuner):
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
+        offload.enter_adapters(model, HiraLayer, self.prefix)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
@@ -164,6 +165,8 @@ class HiraModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if merge:
+            offload.untie(model)
         return model
 
     def _check_merge_allowed(self) -> None:

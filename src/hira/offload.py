@@ -195,6 +195,34 @@ def check_copies(model: nn.Module, names: Collection[str]) -> None:
             )
 
 
+def enter_adapters(model: nn.Module, kind: type[nn.Module], prefix: str) -> None:
+    """Enter adapters of offloaded layers into a model's device map, by which transformers' `load_adapter` goes.
+
+    Args:
+        model: the model.
+        kind: the type of the layers with adapters.
+        prefix: what the names of their parameters begin with.
+    """
+    devices = model.__dict__.get("hf_device_map", {})
+    for key, layer in model.named_modules() if devices else ():
+        base: Any = layer.get_base_layer() if isinstance(layer, kind) else None  # type: ignore[operator]
+        if base is not None and source(base) is not None:
+            names = [name for name, _ in layer.named_children() if name.startswith(prefix)]
+            devices.update({f"{key}.{name}": execution_device(base) for name in names})
+
+
+def untie(model: Any) -> None:
+    """Set `tie_word_embeddings` to False where offloaded embeddings are no longer tied; PEFT compares placeholders."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    embeddings = [
+        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
+    ]
+    if len(embeddings) == 2 and any(is_away(module, "weight") for module in embeddings):
+        first, second = (present(module, "weight") for module in embeddings)
+        model.config.tie_word_embeddings = torch.equal(first, second.to(first.device))
+
+
 @contextmanager
 def left_where_it_is(model: nn.Module) -> Iterator[None]:
     """Hide from PEFT that a model is spread over devices, so that it does not spread it anew."""
