@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -53,12 +54,14 @@ class Way:
     Args:
         name: as it stands in the table.
         offload: makes such a model of one in memory, given a folder that is its own.
-        all_away: whether every weight is on the meta device then.
+        away: which weights are on the meta device then.
+        trains: whether adapters train; not where they are away themselves.
     """
 
     name: str
     offload: Callable[[nn.Module, Path], nn.Module]
-    all_away: bool = True
+    away: Literal["all", "some", "none"] = "all"
+    trains: bool = True
 
 
 def _loaded(model: nn.Module, folder: Path) -> nn.Module:
@@ -67,13 +70,26 @@ def _loaded(model: nn.Module, folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder / "base", **options)
 
 
+def _dispatched(model: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
+    return dispatch_model(model, {prefix + name: device for name, device in DEVICES.items()}, offload_dir=folder)
+
+
+# of a base model, which is adapted then
 WAYS = [
-    Way("`cpu_offload`", lambda model, folder: cpu_offload(model, execution_device=CPU)),
-    Way("`disk_offload`", lambda model, folder: disk_offload(model, folder, execution_device=CPU)),
+    Way("`cpu_offload`", lambda model, folder: cpu_offload(model, CPU)),
+    Way("`disk_offload`", lambda model, folder: disk_offload(model, folder, CPU)),
+    Way("`dispatch_model`, in part to the disk", _dispatched, away="some"),
+    Way("`from_pretrained(device_map=...)` of Transformers, in part to the disk", _loaded, away="some"),
+    Way("`cpu_offload_with_hook`", lambda model, folder: cpu_offload_with_hook(model, CPU)[0], away="none"),
+]
+# of a model that is adapted already
+AFTERWARDS = [
+    Way("`cpu_offload` of an adapted model", WAYS[0].offload, trains=False),
+    Way("`disk_offload` of an adapted model", WAYS[1].offload, trains=False),
     Way(
-        "`dispatch_model`, part of it on the disk",
-        lambda model, folder: dispatch_model(model, DEVICES, offload_dir=folder),
-        all_away=False,
+        "`dispatch_model` of an adapted model",
+        lambda model, folder: _dispatched(model, folder, "base_model.model."),
+        away="some",
+        trains=False,
     ),
-    Way("`from_pretrained(device_map=...)`, part of it on the disk", _loaded, all_away=False),
 ]

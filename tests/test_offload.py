@@ -12,10 +12,10 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from conftest import kept_for_backward
-from offloading import CPU, DEVICES, TARGETS, WAYS, Way, llama
+from offloading import AFTERWARDS, CPU, DEVICES, TARGETS, WAYS, Way, llama
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hira import HiraConfig, HiraError, offload
@@ -23,7 +23,13 @@ from hira.model import hira_layers
 
 IDS = torch.randint(0, 48, (2, 7), generator=torch.Generator().manual_seed(5))
 
-ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name.split("`")[1].split("(")[0])
+
+def each(ways: list[Way]) -> Any:
+    return pytest.mark.parametrize("way", ways, ids=lambda way: way.name.split("`")[1].split("(")[0])
+
+
+ways = each(WAYS)
+LOADED = next(way for way in WAYS if "from_pretrained" in way.name)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Adapter name '.' should not be contained"),
@@ -58,8 +64,8 @@ def logits(model: nn.Module, **options: Any) -> Tensor:
 
 def assert_away(model: nn.Module, way: Way) -> None:
     """Between calls the weights are not in the model, but for those that the way leaves there; adapters are."""
-    weights = [layer.storage.stored for layer in hira_layers(model)]
-    assert all(weight.is_meta for weight in weights) if way.all_away else any(weight.is_meta for weight in weights)
+    away = [layer.storage.stored.is_meta for layer in hira_layers(model)]
+    assert {"all": all(away), "some": any(away) and not all(away), "none": not any(away)}[way.away]
     for layer in hira_layers(model):
         assert not any(factor.is_meta for factors in layer._factor_dicts for factor in factors.values())
 
@@ -245,7 +251,7 @@ def test_unloading(way, merge, tmp_path):
     model, expected = adapt(way.offload(llama(), tmp_path)), adapt(llama())
     found, wanted = ((each.merge_and_unload if merge else each.unload)() for each in (model, expected))
     assert not hira_layers(found)
-    assert any(parameter.is_meta for parameter in found.parameters())
+    assert any(parameter.is_meta for parameter in found.parameters()) == (way.away != "none")
     assert torch.equal(logits(found), logits(wanted))
     if merge:
         assert not torch.equal(logits(found), logits(llama()))
@@ -381,7 +387,7 @@ def test_saving_and_loading(way, tmp_path, monkeypatch):
 
 def loaded(folder: Path, base: nn.Module | None = None) -> nn.Module:
     """A model in part on the disk, as Transformers loads it."""
-    return WAYS[-1].offload(llama() if base is None else base, folder)
+    return LOADED.offload(llama() if base is None else base, folder)
 
 
 def test_embeddings_of_a_checkpoint_are_loaded(tmp_path):
@@ -404,7 +410,7 @@ def test_methods_of_transformers(tmp_path):
     added.add_adapter(HiraConfig(r=3, target_modules=TARGETS))
     assert_same_training(fill(added), expected)
     read.load_adapter(str(tmp_path / "adapter"))
-    assert_away(read, WAYS[-1])
+    assert_away(read, LOADED)
     assert torch.equal(logits(read), logits(adapt(llama())))
 
 
@@ -413,33 +419,24 @@ def test_auto_class(tmp_path):
     adapt(base).save_pretrained(tmp_path / "adapter")
     options = {"device_map": DEVICES, "offload_folder": str(tmp_path / "more")}
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
-    assert_away(model, WAYS[-1])
+    assert_away(model, LOADED)
     assert torch.equal(logits(model), logits(adapt(llama())))
 
 
-@ways
+@each(AFTERWARDS)
 def test_adapted_before_it_was_offloaded(way, tmp_path):
     """The adapter is away with the model: good to run, to merge and to save, but not to train."""
-    if "from_pretrained" in way.name:
-        return  # it loads base models
-    expected = adapt(llama())
-    model = adapt(llama())
-    if "dispatch" in way.name:
-        devices = {f"base_model.model.{name}": device for name, device in DEVICES.items()}
-        from accelerate import dispatch_model
-
-        model = dispatch_model(model, devices, offload_dir=tmp_path / "off")
-    else:
-        model = way.offload(model, tmp_path / "off")
+    model, expected = way.offload(adapt(llama()), tmp_path / "off"), adapt(llama())
     assert any(f.is_meta for layer in hira_layers(model) for fs in layer._factor_dicts for f in fs.values())
     assert torch.equal(logits(model), logits(expected))
     with pytest.raises(HiraError, match=r"^Adapter 'default' is offloaded with the model and cannot be trained there"):
         model(input_ids=IDS)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), logits(expected))
-    with torch.no_grad():
-        model.merge_adapter()
+    model.merge_adapter()
     assert torch.equal(logits(model), logits(adapt(llama()).merge_and_unload()))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), logits(expected))
 
 
 # Around it
@@ -454,13 +451,26 @@ def test_generation():
     assert torch.equal(found, wanted)
 
 
-def test_offloaded_as_one_piece():
-    """accelerate moves the whole model then, and none of its weights are on the meta device."""
+def test_offloaded_as_one_piece_when_asked():
+    """accelerate moves the whole model, adapter and all, and none of its weights are on the meta device."""
     model, expected = adapt(llama()), adapt(llama())
     model, hook = cpu_offload_with_hook(model, CPU)
     assert_same_training(model, expected)
     hook.offload()
     assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_initialised_on_the_meta_device(low):
+    expected = adapt(llama())
+    with torch.device("meta"):
+        base = LlamaForCausalLM(expected.config)
+    model = get_peft_model(base, HiraConfig(r=3, target_modules=TARGETS), low_cpu_mem_usage=low)
+    assert all(parameter.is_meta for parameter in model.parameters()) or not low
+    model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict())
+    model.get_base_model().model.rotary_emb = llama().model.rotary_emb  # its buffers are in no state dict
+    assert_same_training(model, expected)
 
 
 def test_inputs_are_moved_to_the_execution_device():
