@@ -15,7 +15,7 @@ from conftest import kept_for_backward
 from offloading import AFTERWARDS, CPU, DEVICES, TARGETS, WAYS, Way, llama
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hira import HiraConfig, HiraError, offload
@@ -171,6 +171,57 @@ def test_every_kind_of_layer():
         other.merge()
         assert torch.equal(layer.storage.read(), other.storage.read())
     assert torch.equal(model(ids), expected(ids))
+
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def mixtral() -> Any:
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": None}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@ways
+@pytest.mark.parametrize("parameters", [slice(0, 2), slice(1, 2)], ids=["both", "one"])
+def test_experts(way, parameters, tmp_path):
+    options = {**EXPERTS, "target_parameters": EXPERTS["target_parameters"][parameters]}
+    model, expected = adapt(way.offload(mixtral(), tmp_path), **options), adapt(mixtral(), **options)
+    assert_away(model, way)
+    assert torch.equal(logits(model), logits(expected))
+    assert_same_training(model.train(), expected.train())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(mixtral()))
+    for change in ("merge_adapter", "unmerge_adapter", "merge_adapter"):
+        for each in (model, expected):
+            getattr(each, change)()
+        assert torch.equal(logits(model), logits(expected))
+    unmerged = [each.unload() for each in (model, expected)]
+    assert torch.equal(*map(logits, unmerged))
+
+
+def test_experts_without_a_token_stay_away():
+    model = adapt(cpu_offload(mixtral(), CPU), **EXPERTS, r=1)
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    base, taken = experts.get_base_layer(), []
+    fetch = offload.Away.fetch
+
+    def fetching(self: Any, placeholder: Tensor, index: Any = ...) -> Tensor:
+        taken.append((self.name, index))
+        return fetch(self, placeholder, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload.Away, "fetch", fetching)
+        x, ids, weights = torch.randn(3, 16), torch.tensor([[2], [0], [2]]), torch.rand(3, 1)
+        storages = kept_for_backward(lambda: experts(x, ids, weights))
+    assert set(taken) == {(name, e) for name in ("gate_up_proj", "down_proj") for e in (0, 2)}
+    storages.pop(0)
+    assert max(storages.values()) < base.down_proj[0].nbytes
 
 
 class Counting(Mapping[str, Tensor]):
@@ -531,25 +582,13 @@ def test_attention_is_refused(target):
         model(torch.randn(1, 3, 8))
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(2, 4, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x.expand(2, -1, -1), self.up.transpose(1, 2))
-
-
-def test_experts_are_refused():
-    message = "accelerate offloads the parameters of Experts"
-    options = {"target_modules": [], "target_parameters": ["0.up"]}
-    model = cpu_offload(nn.Sequential(Experts()), CPU)
-    with pytest.raises(HiraError, match=message):
-        adapt(model, **options)
-    assert not hira_layers(model)
-    model = cpu_offload(adapt(nn.Sequential(Experts()), **options), CPU)
-    with pytest.raises(HiraError, match=message), torch.no_grad():
-        model(torch.randn(3, 6))
+def test_experts_with_a_forward_of_their_own_are_refused():
+    base = mixtral()
+    for layer in base.model.layers:
+        layer.mlp.experts.forward = lambda *args, plain=layer.mlp.experts.forward: plain(*args)
+    model = cpu_offload(adapt(base, **EXPERTS), CPU)
+    with pytest.raises(HiraError, match=r"^accelerate offloads the parameters of MixtralExperts"), torch.no_grad():
+        model(input_ids=IDS)
 
 
 def test_quantised_weights_are_refused():

@@ -81,9 +81,9 @@ class Away(NamedTuple):
     name: str
     device: Any
 
-    def fetch(self, placeholder: Tensor) -> Tensor:
-        """The tensor on the execution device, in the placeholder's dtype."""
-        return self.weights[self.name].detach().to(device=self.device, dtype=placeholder.dtype)
+    def fetch(self, placeholder: Tensor, index: Any = ...) -> Tensor:
+        """The tensor, or a part of it, on the execution device, in the placeholder's dtype."""
+        return self.weights[self.name].detach()[index].to(device=self.device, dtype=placeholder.dtype)
 
 
 def away(module: nn.Module, name: str) -> Away | None:
@@ -168,6 +168,12 @@ def place(x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
             "offload without that."
         )
     return x
+
+
+def moved(inputs: Any, module: nn.Module) -> Any:
+    """Inputs of any kind where a module's hook would move them."""
+    device = execution_device(module)
+    return inputs if device is None else sys.modules["accelerate.utils"].send_to_device(inputs, device)
 
 
 def check_can_train(factors: nn.Module, name: str) -> None:
