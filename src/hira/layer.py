@@ -121,6 +121,7 @@ class Linear(HiraLayer):
             not names
             or not self._is_plain()
             or storage.dequantize is not None
+            or sources[0].is_meta
             or (x.dtype != dtype and not modulate.autocasts(x.device))
             or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):

@@ -20,14 +20,22 @@ from torch import Tensor, nn
 from hira.errors import HiraError
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate has a hook on a module; cheap, as every forward asks."""
+    return "_hf_hook" in module.__dict__
+
+
 def hooks(module: nn.Module) -> list[Any]:
-    """All of accelerate's hooks on a module, in their order; those of other libraries are none of them."""
-    found, waiting = [], [module.__dict__.get("_hf_hook")]
+    """All of accelerate's hooks on a module, in their order."""
+    found: list[Any] = []
+    waiting = [module.__dict__["_hf_hook"]] if is_hooked(module) else []
     while waiting:
         hook = waiting.pop(0)
-        waiting = [*getattr(hook, "hooks", ()), *waiting]
-        if hook is not None and not hasattr(hook, "hooks"):
+        inner = getattr(hook, "hooks", None)
+        if inner is None:
             found.append(hook)
+        else:
+            waiting = [*inner, *waiting]
     return found
 
 
@@ -63,12 +71,13 @@ def returns_output(module: nn.Module) -> bool:
 
 def is_own_forward(module: nn.Module) -> bool:
     """Whether a module runs the forward of its type, if with hooks around it that only move tensors."""
+    if "forward" not in module.__dict__:
+        return True
     around = hooks(module)
+    # a hook that is removed leaves the method on the instance
     forward = module.__dict__.get("_old_forward" if around else "forward")
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-    if around:
-        return own and all(_aligns(hook) and not hook.no_grad for hook in around)
-    return own or "forward" not in module.__dict__  # a hook that is removed leaves the method on the instance
+    return own and all(_aligns(hook) and not hook.no_grad for hook in around)
 
 
 class Away(NamedTuple):
@@ -88,7 +97,9 @@ class Away(NamedTuple):
 
 def away(module: nn.Module, name: str) -> Away | None:
     """Where a tensor of a module is; None where it is in the module."""
-    return Away(source(module).weights_map, name, execution_device(module)) if is_away(module, name) else None
+    if not is_hooked(module) or not is_away(module, name):
+        return None
+    return Away(source(module).weights_map, name, execution_device(module))
 
 
 def present(module: nn.Module, name: str) -> Any:
@@ -152,22 +163,20 @@ def _layers(weights: Any) -> tuple[Any, Any]:
     return (weights.maps[0], weights.maps[1]) if isinstance(weights, ChainMap) else ({}, weights)
 
 
-def place(x: Tensor, module: nn.Module, weight: Tensor) -> Tensor:
-    """Move x to where a module's hook has the module computed.
-
-    Raises:
-        HiraError: the weight is a placeholder that nobody would bring in. PyTorch would not always notice, and compute
-            with it.
-    """
+def place(x: Tensor, module: nn.Module) -> Tensor:
+    """Move x to where a module's hook has the module computed."""
     device = execution_device(module)
-    x = x if device is None else x.to(device)
+    return x if device is None else x.to(device)
+
+
+def check_reachable(module: nn.Module, weight: Tensor, x: Tensor) -> None:
+    """Refuse to compute with a placeholder that nobody would bring in; PyTorch would not always notice."""
     if weight.is_meta and not x.is_meta and source(module) is None:
         raise HiraError(
             f"The weight of {type(module).__name__} is on the meta device, and there is no hook that would bring it "
             "in. Load the model's weights first. If accelerate offloads whole blocks, with preload_module_classes, "
             "offload without that."
         )
-    return x
 
 
 def moved(inputs: Any, module: nn.Module) -> Any:

@@ -164,8 +164,10 @@ class HiraLayer(nn.Module, MergeableLayer):
 
     def _factor(self, factors: nn.ParameterDict, name: str) -> Tensor:
         """A or B of an adapter, brought in if it was offloaded."""
-        offload.check_can_train(factors, name)
-        factor: Tensor = offload.present(factors, name)
+        factor: Tensor = factors[name]
+        if factor.is_meta:
+            offload.check_can_train(factors, name)
+            factor = offload.present(factors, name)
         return factor
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -254,7 +256,10 @@ class HiraLayer(nn.Module, MergeableLayer):
             HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
         """
         y: Tensor
-        given, x = x.device, self._placed(x)
+        base, given = self.get_base_layer(), x.device
+        if offload.is_hooked(base):
+            self.storage.check_here()
+            x = offload.place(x, base)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
@@ -263,13 +268,7 @@ class HiraLayer(nn.Module, MergeableLayer):
             y = self._base_output(x, *args, **kwargs)
         else:
             y = self._active(x, self._present(self.active_adapters), *args, **kwargs)
-        return y.to(given) if offload.returns_output(self.get_base_layer()) else y
-
-    def _placed(self, x: Tensor) -> Tensor:
-        """x where accelerate's hook, if there is one, has the base layer computed."""
-        storage = self.storage
-        storage.check_here()
-        return offload.place(x, self.get_base_layer(), storage.stored)
+        return y.to(given) if offload.is_hooked(base) and offload.returns_output(base) else y
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
@@ -283,6 +282,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         """The output under some adapters: one product for those without dropout, one more for each with it."""
         dropping = [name for name in names if self._drops(name)]
         steady = [name for name in names if name not in dropping]
+        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
         if steady and self._is_plain() and not (args or kwargs):
             y = self._product(x, *self._factors(steady))
         else:

@@ -70,8 +70,8 @@ class Storage:
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias."""
-        bias: Tensor | None = offload.present(self.layer, "bias")
-        return bias
+        bias: Tensor | None = self.layer.bias
+        return bias if bias is None or not bias.is_meta else offload.present(self.layer, "bias")
 
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
