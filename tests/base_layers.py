@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from offloading import AFTERWARDS, WAYS
 from storages import CASES
 
 ROOT = Path(__file__).parent.parent
@@ -12,9 +13,14 @@ PAGE, VERSIONS = ROOT / "docs/base_layers.md", ROOT / "constraints.txt"
 BEGIN, END = "<!-- tests/base_layers.py writes {} from here -->\n", "<!-- to here -->\n"
 
 
+def versions() -> dict[str, str]:
+    """The versions that the tests run with, by package."""
+    return dict(line.split("==") for line in VERSIONS.read_text().splitlines() if "==" in line)
+
+
 def storages() -> list[str]:
     """The table of storages in Markdown."""
-    pinned = dict(line.split("==") for line in VERSIONS.read_text().splitlines() if "==" in line)
+    pinned = versions()
     dtypes: dict[tuple[str, ...], list[str]] = {}
     for case in CASES:
         forward = "one product with W'" if case.whole else "the layer's own product, and one of the update"
@@ -25,12 +31,22 @@ def storages() -> list[str]:
     return table(("storage", "dtypes", "tested", "forward", "merges"), rows)
 
 
+def offloading() -> list[str]:
+    """The table of ways to keep weights elsewhere."""
+    tested = f"accelerate {versions()['accelerate']}"
+    rows = [
+        (way.name, "yes" if way.trains else "forward without gradients", "yes", "yes", tested)
+        for way in (*WAYS, *AFTERWARDS)
+    ]
+    return table(("way", "forward and backward", "merge", "save and load", "tested"), rows)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-TABLES = {"storages": storages}
+TABLES = {"storages": storages, "offloading": offloading}
 
 
 def with_tables(page: str) -> str:

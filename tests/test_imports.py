@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # know all of them, is named by the command only.
 LAYERS = [
     ["errors"],
-    ["ops"],
+    ["ops", "offload"],
     ["weights", "config", "transaction", "inference_cache", "stand_in", "lazy_weight"],
     ["merging", "storages"],
     ["tuner_layer"],

@@ -74,6 +74,6 @@ def test_a_computed_attribute():
 
 def test_a_replaced_forward_is_refused():
     base = nn.Linear(4, 3)
-    base.forward = base.forward
-    with pytest.raises(HiraError, match=r"^The forward of this Linear was replaced .*; remove the hook first\.$"):
+    base.forward = lambda x: x
+    with pytest.raises(HiraError, match=r"^The forward of this Linear was replaced .*; undo that first\.$"):
         stand_in(base, weight=torch.randn(3, 4))

@@ -69,7 +69,7 @@ class Linear(HiraLayer):
         return base.in_features, base.out_features
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._linear(x, A, B, self.get_base_layer().bias)
+        return self._linear(x, A, B, self.storage.bias)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         return self._linear(x if dropout is None else dropout(x), A, B, update_only=True)
@@ -104,7 +104,7 @@ class Linear(HiraLayer):
         weight = None if args or kwargs else self._kept_weight(x, names)
         if weight is None:
             return super()._active(x, names, *args, **kwargs)
-        bias = self.get_base_layer().bias
+        bias = self.storage.bias
         return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
 
     def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
@@ -121,6 +121,7 @@ class Linear(HiraLayer):
             not names
             or not self._is_plain()
             or storage.dequantize is not None
+            or sources[0].is_meta
             or (x.dtype != dtype and not modulate.autocasts(x.device))
             or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
@@ -139,7 +140,7 @@ class Linear(HiraLayer):
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
         factors = [self._factors([name]) for name in single]
-        y = ops.linear_each(tokens, self.storage.kept(), factors, self.get_base_layer().bias)
+        y = ops.linear_each(tokens, self.storage.kept(), factors, self.storage.bias)
         found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
         others = {name: rows[name] for name in rows if name not in found}
         found.update(zip(others, super()._mixed_parts(x, others), strict=True))
@@ -286,9 +287,10 @@ class ConvNd(HiraLayer):
         padding, pad = _padding(base)
         if pad is not None:
             x = F.pad(x, pad, mode="constant" if base.padding_mode == "zeros" else base.padding_mode)
+        storage = self.storage
         return ops.conv(
             x,
-            self.storage.read(),
+            storage.kept(),
             A,
             B,
             bias,
@@ -297,10 +299,11 @@ class ConvNd(HiraLayer):
             dilation=base.dilation,
             groups=base.groups,
             update_only=update_only,
+            dequantize=storage.dequantize,
         )
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._convolve(x, A, B, self.get_base_layer().bias, update_only=False)
+        return self._convolve(x, A, B, self.storage.bias, update_only=False)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         return self._convolve(x if dropout is None else dropout(x), A, B, None, update_only=True)

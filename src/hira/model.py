@@ -9,9 +9,11 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from hira import offload
+from hira.attention import check_not_offloaded
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
@@ -50,8 +52,11 @@ class HiraModel(BaseTuner):
         check_config(self.peft_config[adapter_name])
         check_new_name(model, adapter_name)
         check_targets(model, _target_parameters(self.peft_config[adapter_name]))
+        offload.check_copies(model, self.peft_config[adapter_name].modules_to_save or ())
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
+        offload.enter_adapters(model, HiraLayer, self.prefix)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
@@ -93,6 +98,8 @@ class HiraModel(BaseTuner):
             return
         options = {"r": r, "current_key": current_key, "parameter_name": parameter_name}
         try:
+            if isinstance(parent, nn.MultiheadAttention):
+                check_not_offloaded(parent)
             layer: Any = dispatch(target, adapter_name, hira_config, **options)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
@@ -103,8 +110,9 @@ class HiraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, HiraLayer) and not isinstance(new_module, HiraLayer):
-            setattr(parent, child_name, new_module)  # PEFT looks for a weight, which need not be there
+        if isinstance(child, HiraLayer) or isinstance(new_module, HiraLayer):
+            # adapters are where they belong; PEFT looks for a weight, which need not be there, to move them to
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -121,6 +129,12 @@ class HiraModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_known(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training mode, or to evaluation; a HiraError if no adapter could be trained where it is."""
+        if mode and any(parameter.is_meta for parameter in self.model.parameters() if parameter.requires_grad):
+            offload.check_blocks(self.model, HiraLayer, "Adapters cannot be trained")
+        return super().train(mode)
 
     # Merging
 
@@ -151,6 +165,8 @@ class HiraModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if merge:
+            offload.untie(model)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -158,8 +174,10 @@ class HiraModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
+        offload.check_blocks(self.model, HiraLayer, "Adapters cannot be merged")
         for layer in hira_layers(self.model):
             try:
+                layer.storage.check_here()
                 layer.storage.snapshot()
             except HiraError as error:
                 raise HiraError(f"{layer.name}: {error}") from error
@@ -215,6 +233,16 @@ class HiraModel(BaseTuner):
 
     # Checkpoints
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module; offloaded embeddings are brought in if they are targeted, as PEFT then saves them too."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        targets = [name for config in self.peft_config.values() for name in config.target_modules or ()]
+        if any(name in targets for name in EMBEDDING_LAYER_NAMES):
+            for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
+                if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
+                    offload.bring_in(state, module, f"{name}.")
+        return state
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
@@ -223,6 +251,7 @@ class HiraModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         _fit_to_checkpoint(model, config, adapter_name, remapped)
+        offload.take(remapped, model)
         return remapped
 
 
