@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hira.errors import HiraError
 from hira.ops.linear import Dequantize
+from hira.sharding import is_dtensor, spread
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,6 +41,8 @@ class Storage:
     def serves(cls, layer: Any, name: str = "weight") -> bool:
         """Whether a weight of a layer is stored like this."""
         weight = getattr(layer, name)
+        if is_dtensor(weight):  # a tensor that FSDP has sharded is whole when the layer computes; one of A or B is not
+            return weight.dtype in DENSE_DTYPES and spread(layer, name) == "tensor parallelism"
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
     @property
@@ -65,6 +68,12 @@ class Storage:
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
         weight: Tensor = self.stored
+        if is_dtensor(weight):
+            raise HiraError(
+                f"The {self.name} of {type(self.layer).__name__} is divided over processes by "
+                f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
+                "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
+            )
         return weight
 
     def read(self) -> Tensor:
@@ -79,8 +88,14 @@ class Storage:
         """What `restore` needs to put the present weight back; no copy of data.
 
         Raises:
-            HiraError: the weight is not a parameter of the layer, so that none can be put in its place.
+            HiraError: the weight is not a parameter of the layer, so that none can be put in its place; or it is spread
+                over processes.
         """
+        if by := spread(self.layer, self.name):
+            raise HiraError(
+                f"The {self.name} of {type(self.layer).__name__} is spread over processes by {by}, so nothing can be "
+                "merged into it or unmerged; save the adapter, load it on a model that is not sharded and merge there."
+            )
         if self.name not in self.layer._parameters:
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is computed, not stored, so nothing can be merged "
@@ -98,8 +113,18 @@ class Storage:
 class Transposed(Storage):
     """A weight held as (in, out), as in a transformers `Conv1D` and wherever `fan_in_fan_out` says so."""
 
+    @property
+    def dequantize(self) -> Dequantize | None:
+        return Tensor.t if self._is_freed_by_assignment else None
+
     def kept(self) -> Tensor:
-        return super().kept().t()
+        kept = super().kept()
+        return kept if self._is_freed_by_assignment else kept.t()
+
+    @property
+    def _is_freed_by_assignment(self) -> bool:
+        """Whether ZeRO-3 frees the weight by giving the parameter other data, and a view would keep the old."""
+        return hasattr(self.stored, "ds_id") and not self.stored.requires_grad
 
     def write(self, weight: Tensor) -> None:
         super().write(weight.t())
