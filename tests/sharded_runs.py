@@ -18,7 +18,7 @@ from torch import Tensor
 import hira
 from hira import HiraError
 
-SECONDS = 60  # after which a process no longer waits for another
+SECONDS = 30  # after which a process no longer waits for another
 
 
 def start(rank: int, family: str, folder: str) -> None:
@@ -114,10 +114,13 @@ def _forward(run: Run, ids: Tensor, kept: list[Tensor]) -> Tensor:
 
 
 def _save(run: Run, path: str) -> str:
-    state_dict = None if run.state_dict is None else run.state_dict()
-    if dist.get_rank() == 0:
-        options = {} if state_dict is None else {"state_dict": state_dict}
-        run.model.save_pretrained(path, save_embedding_layers=False, **options)
+    first = dist.get_rank() == 0
+    if run.state_dict is None:  # Transformers' tensor parallelism gathers in it, so all processes call it
+        run.model.save_pretrained(path, save_embedding_layers=False, is_main_process=first)
+    else:
+        state_dict = run.state_dict()
+        if first:
+            run.model.save_pretrained(path, save_embedding_layers=False, state_dict=state_dict)
     dist.barrier()
     return path
 

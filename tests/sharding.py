@@ -34,13 +34,12 @@ def base_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     model: Any
     if kind == "gpt2":
         config = GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, use_cache=False)
+        config.bos_token_id = config.eos_token_id = None
         config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
         model = GPT2LMHeadModel(config)
     else:
-        options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = LlamaConfig(
-            vocab_size=96, num_key_value_heads=2, max_position_embeddings=64, use_cache=False, **options
-        )
+        options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        config = LlamaConfig(vocab_size=96, num_attention_heads=4, num_key_value_heads=2, use_cache=False, **options)
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models spread over two processes: the numbers of one process, checkpoints that load, and errors instead of wrong ones."""
+"""Models spread over two processes: the numbers of one process, checkpoints that load, errors for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import hira
 
-SECONDS = 150  # after which a family of processes is ended
+SECONDS = 100  # after which a family of processes is ended
 
 
 def run_family(family: str, folder: Path) -> dict[Any, Any]:
@@ -35,20 +35,31 @@ def run_family(family: str, folder: Path) -> dict[Any, Any]:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    results: dict[Any, Any] = torch.load(folder / f"{family}.pt")
+    results: dict[Any, Any] = torch.load(folder / f"{family}.pt", weights_only=True)
     return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What came of a family's modes, run when first asked for."""
-    return cache(lambda family: run_family(family, tmp_path_factory.mktemp(family)))
+    return cache(lambda family: _run_or_error(family, tmp_path_factory.mktemp(family)))
+
+
+def _run_or_error(family: str, folder: Path) -> Any:
+    """An error is kept as a result is, so that what hangs is waited for once."""
+    try:
+        return run_family(family, folder)
+    except Exception as error:
+        return error
 
 
 def result_of(results: Any, family: str, key: Any) -> Any:
     if family == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    found = results(family)[key]
+    of_family = results(family)
+    if isinstance(of_family, Exception):
+        raise of_family
+    found = of_family[key]
     assert not (isinstance(found, str) and found.startswith("Traceback")), found
     return found
 
@@ -95,14 +106,16 @@ def test_three_steps_are_those_of_one_process(results, mode, kind, adapters, che
     exact, usual = (single(kind, adapters, mode.dtype, exact) for exact in (True, False))
     names = sorted(exact["final"])
     assert sorted(found["final"]) == names and len(names) == 2 * adapters * len(hira_names(kind))
-    for step in range(STEPS):
+    assert all(torch.isfinite(gradient).all() for step in found["gradients"] for gradient in step.values())
+    for values, right, ordinary in zip(*(curve(result, names) for result in (found, exact, usual)), strict=True):
         # sums over processes are in another order; 1e-6 is a few roundings of float32
-        assert all(torch.isfinite(gradient).all() for gradient in found["gradients"][step].values())
-        for what in (lambda r: r["losses"][step].double().flatten(), lambda r: joined(r["gradients"][step], names)):
-            assert error(what(found), what(exact)) <= 2 * error(what(usual), what(exact)) + 1e-6
-    assert error(joined(found["final"], names), joined(exact["final"], names)) <= (
-        2 * error(joined(usual["final"], names), joined(exact["final"], names)) + 1e-6
-    )
+        assert error(values, right) <= 2 * error(ordinary, right) + 1e-6
+
+
+def curve(result: dict[str, Any], names: list[str]) -> list[Tensor]:
+    """The loss and the gradients of each step, then A and B after the last."""
+    losses = [loss.double().flatten() for loss in result["losses"]]
+    return [*losses, *(joined(step, names) for step in [*result["gradients"], result["final"]])]
 
 
 def hira_names(kind: str) -> list[str]:

@@ -62,6 +62,7 @@ class ShardedLayer(BaseTunerLayer):
         layout = layout_of(product.weight) or layout
         if layout is None:
             return self._combined(product.x, names, product.compute)
+        tensor_parallel.check_laid_out(product.x, product.weight)
         if product.weight.requires_grad or any(self._drops(name) for name in names):
             raise HiraError(
                 f"{self.name or 'A layer'} has a base weight that trains, or hira_dropout, which HiRA does not serve "

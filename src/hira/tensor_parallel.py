@@ -56,6 +56,16 @@ def layout_of(weight: Any) -> Layout | None:
     return Layout(weight.device_mesh, placement, weight.shape)
 
 
+def check_laid_out(x: Any, weight: Any) -> None:
+    """Raise a HiraError if one of x and weight is a DTensor and the other is not."""
+    if is_dtensor(x) != is_dtensor(weight):
+        raise HiraError(
+            f"A layer with a weight of type {type(weight).__name__} was called with an input of type "
+            f"{type(x).__name__}. Call the model, not a part of it that FSDP has not gathered or whose inputs no "
+            "parallel style lays out."
+        )
+
+
 def make_equal(layout: Layout, parameters: Iterable[Tensor]) -> None:
     """Give all processes of the mesh the first one's values of some parameters, in place."""
     group = layout.mesh.get_group()
@@ -80,7 +90,7 @@ def linear(layout: Layout, A: Tensor, B: Tensor, x: Any, weight: Any, bias: Any 
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    by_rows, distributed = layout.dim == 0, _both_or_none(x, weight)
+    by_rows, distributed = layout.dim == 0, is_dtensor(weight)
     if distributed:
         summed = [Partial()] if by_rows else None
         x = x.redistribute(placements=[Replicate() if by_rows else Shard(-1)]).to_local(grad_placements=summed)
@@ -128,7 +138,6 @@ def embedding(
             f"An embedding has max_norm={max_norm} and sparse={sparse}, which HiRA does not serve under tensor "
             "parallelism; leave the module out with exclude_modules."
         )
-    _both_or_none(ids, weight)
     local = _local(weight)
     ids = ids.redistribute(placements=[Replicate()]).to_local()
     if layout.dim == 1:
@@ -170,17 +179,6 @@ def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
 
 # by the functions that they stand in for
 _PRODUCTS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.embedding: embedding}
-
-
-def _both_or_none(x: Any, weight: Any) -> bool:
-    """Whether the product is one of DTensors; refuses a mixture."""
-    if is_dtensor(x) != is_dtensor(weight):
-        raise HiraError(
-            f"A layer with a weight of type {type(weight).__name__} was called with an input of type "
-            f"{type(x).__name__}. Call the model, not a part of it that FSDP has not gathered or whose inputs no "
-            "parallel style lays out."
-        )
-    return is_dtensor(x)
 
 
 def _rank(layout: Layout) -> int:
