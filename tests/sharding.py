@@ -303,6 +303,7 @@ FULL_FSDP1 = "`FULL_STATE_DICT`, then `save_pretrained`"
 ACCELERATE = "`accelerator.get_state_dict`, then `save_pretrained`"
 LLAMAS = (("llama", 1), ("llama", 2))
 BLOCK = len(BLOCK_TARGETS) + 2  # weights of a block, with the embedding and the output layer of the root's shard group
+TWO_BLOCKS = BLOCK + len(BLOCK_TARGETS)  # FSDP1 gathers the next block of the backward beforehand
 
 MODES = (
     ShardingMode("DDP", "torch", "torch", ddp),
@@ -326,7 +327,13 @@ MODES = (
         most_gathered=1,
     ),
     ShardingMode(
-        "FSDP1, `use_orig_params=True`", "torch", "torch", fsdp1, save=FULL_FSDP1, most_gathered=BLOCK, generates=False
+        "FSDP1, `use_orig_params=True`",
+        "torch",
+        "torch",
+        fsdp1,
+        save=FULL_FSDP1,
+        most_gathered=TWO_BLOCKS,
+        generates=False,
     ),
     ShardingMode(
         "FSDP1, PEFT's `fsdp_auto_wrap_policy`, `use_orig_params=True`",
@@ -334,7 +341,7 @@ MODES = (
         "torch",
         partial(fsdp1, peft_policy=True),
         save=FULL_FSDP1,
-        most_gathered=BLOCK,
+        most_gathered=TWO_BLOCKS,
         generates=False,
     ),
     ShardingMode(

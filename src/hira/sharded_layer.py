@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hira import tensor_parallel
 from hira.errors import HiraError
 from hira.inside import Product, exchanged
-from hira.sharding import is_gathered_by_call, is_laid_out_by_call
+from hira.sharding import is_gathered_by_call, is_laid_out_by_call, spread
 from hira.tensor_parallel import Layout, layout_of
 from hira.weights import Storage
 
@@ -79,11 +79,13 @@ class ShardedLayer(BaseTunerLayer):
         storage = self.storage
         return None if is_gathered_by_call(storage.layer) else layout_of(storage.stored)
 
-    def _check_one_call(self, calls: Any) -> None:
-        """Refuse several calls for one forward, as a mixed batch needs, where a call gathers the weight."""
-        if len(calls) > 1 and self._runs_inside() and is_gathered_by_call(self.storage.layer):
+    def _check_mixed_batch(self, rows: Any) -> None:
+        """Refuse a mixed batch where the rows of a process decide what it gathers, and other processes would wait."""
+        layer = self.storage.layer
+        calls_differ = len(rows) > 1 and is_gathered_by_call(layer)
+        if calls_differ or spread(layer, self.storage.name) == "ZeRO-3":
             raise HiraError(
-                f"adapter_names asks for {len(calls)} adapters, each of which would gather the weight of "
-                f"{self.name or 'this layer'} over processes, and processes with other adapters would wait; serve "
-                "mixed batches on a model that is not sharded."
+                f"adapter_names asks for {sorted(rows)}, but {self.name or 'this layer'} is spread over processes that "
+                "would gather other weights than this one, and wait; set an adapter and pass no names, or serve mixed "
+                "batches on a model that is not sharded."
             )

@@ -312,9 +312,9 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name if name in self._factor_dicts[0] else BASE, []).append(row)
+        self._check_mixed_batch(rows)
         if len(rows) == 1:
             return self._adapted(x, self._present(list(rows)), *args, **kwargs)
-        self._check_one_call(rows)
         parts = self._mixed_parts(x, rows, *args, **kwargs)
         order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
         return torch.cat(parts)[torch.argsort(order)]
