@@ -19,8 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["ops", "offload"],
-    ["weights", "config", "transaction", "inference_cache", "stand_in", "lazy_weight"],
-    ["merging", "storages"],
+    ["config", "transaction", "inference_cache", "stand_in", "lazy_weight", "sharding", "inside"],
+    ["weights", "tensor_parallel"],
+    ["merging", "sharded_layer", "storages"],
     ["tuner_layer"],
     ["layer", "experts"],
     ["bnb", "attention"],
@@ -42,7 +43,7 @@ OPS_LAYERS = [
     ["linear", "each", "embedding", "conv", "recompute"],
     ["__init__"],
 ]
-OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib"}
+OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib", "deepspeed"}
 
 
 def module_name(path: Path) -> str:

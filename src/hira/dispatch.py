@@ -15,6 +15,7 @@ from hira.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.errors import HiraError
 from hira.experts import ParamWrapper
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
+from hira.sharding import spread
 from hira.storages.aqlm import Aqlm
 from hira.storages.gptq import Gptq
 from hira.storages.hqq import Hqq
@@ -134,6 +135,11 @@ def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: A
 def _check_dense(base: nn.Module) -> None:
     if not Storage.serves(base):
         weight: Any = base.weight
+        if (by := spread(base)) == "FSDP":
+            raise HiraError(
+                f"Target module {base} is not supported: {by} has sharded its weight already, and would not shard the "
+                "adapter with it. Adapt the model first, then shard it."
+            )
         raise HiraError(
             f"Target module {base} is not supported: its weight is a {type(weight.data).__name__} of {weight.dtype}. "
             "HiRA reads dense float weights and the quantised ones that docs/base_layers.md lists; adapt the model "

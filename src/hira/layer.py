@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from hira.inference_cache import inference_cache
 from hira.ops import modulate, paths
 from hira.ops.embedding import bound_norm
 from hira.ops.workspace import is_concrete
+from hira.sharding import spread
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage, Transposed
 
@@ -115,13 +117,12 @@ class Linear(HiraLayer):
             inference_cache.discard(self)
             return None
         storage = self.storage
+        if not names or not self._is_plain() or spread(storage.layer) or storage.dequantize is not None:
+            return None
         sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = modulate.product_dtype(x, sources[0].dtype)
         if (
-            not names
-            or not self._is_plain()
-            or storage.dequantize is not None
-            or sources[0].is_meta
+            sources[0].is_meta
             or (x.dtype != dtype and not modulate.autocasts(x.device))
             or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
@@ -213,10 +214,9 @@ class Embedding(HiraLayer):
             return self._bounded(self._rows(x))
         return super()._base_output(x, *args, **kwargs)
 
-    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        dropping = [name for name in names if self._drops(name)]
-        if not dropping or not self._bounds_norm(args, kwargs):
-            return super()._adapted(x, names, *args, **kwargs)
+    def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
+        if self.get_base_layer().max_norm is None or not any(self._drops(name) for name in names):
+            return super()._combined(x, names, base_output)
         y = self._rows(x)
         for name in names:
             y = y + self._update(x, *self._factors([name]), self.hira_dropout[name])
@@ -301,6 +301,10 @@ class ConvNd(HiraLayer):
             update_only=update_only,
             dequantize=storage.dequantize,
         )
+
+    def _runs_inside(self) -> bool:
+        # padding other than with zeros is on x before it arrives there
+        return self.get_base_layer().padding_mode == "zeros" and super()._runs_inside()
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._convolve(x, A, B, self.storage.bias, update_only=False)

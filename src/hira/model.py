@@ -19,6 +19,7 @@ from hira.dispatch import dispatch
 from hira.errors import HiraError
 from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
+from hira.sharding import is_dtensor
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
 
@@ -244,6 +245,21 @@ class HiraModel(BaseTuner):
         return state
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        for name, layer in model.named_modules():
+            if isinstance(layer, HiraLayer):
+                # PEFT does not look through FSDP's wrappers around parts of the model
+                keys = [f"{_unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
+                found.update({key: state_dict[key] for key in keys if key in state_dict})
+        _check_whole(found)
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -294,6 +310,23 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
+def _unwrapped(name: str) -> str:
+    """A module's name without those of FSDP's wrappers, as state dicts have it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def _check_whole(state_dict: dict[str, Tensor]) -> None:
+    """Refuse to save what other processes have parts of."""
+    for key, value in state_dict.items():
+        if is_dtensor(value) or value.numel() == 0:
+            raise HiraError(
+                f"{key} is spread over processes: here it is a {type(value).__name__} of shape {tuple(value.shape)}. "
+                "Gather the state dict first, with accelerator.get_state_dict(model), Trainer.save_model or "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, and pass it "
+                "as state_dict to save_pretrained or get_peft_model_state_dict."
+            )
+
+
 def _fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
 
@@ -306,8 +339,7 @@ def _fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_d
     for name, layer in model.named_modules():
         if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
             continue
-        name = name.removeprefix("_fsdp_wrapped_module.")
-        keys = [f"{name}.{factor}.{adapter_name}" for factor in layer.factor_names]
+        keys = [f"{_unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
         expected.update(keys)
         missing = [key for key in keys if key not in state_dict]
         problems += [f"{key} is missing" for key in missing]

@@ -23,14 +23,14 @@ def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = 
         model: the model.
         only_if: asked with the model after an error; False leaves it as the body left it.
     """
-    containers = [(container, container.copy()) for container in _containers(model)]
+    containers = [(container, _items(container)) for container in _containers(model)]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         if only_if(model):
             for container, content in containers:
-                if _same(container, content):
+                if _same(_items(container), content):
                     continue
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
@@ -39,12 +39,22 @@ def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = 
         raise
 
 
-def _same(container: Any, content: Any) -> bool:
+def _items(container: Any) -> list[Any]:
+    """What a dict, list or set contains, past the class of a dict: reading ZeRO-3's gathers parameters."""
+    if isinstance(container, dict):
+        return [(key, dict.__getitem__(container, key)) for key in container]
+    return list(container)
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
     """Whether the items of a container are those it had, in their order."""
-    now, before = (list(c.items()) if isinstance(c, dict) else [(item,) for item in c] for c in (container, content))
-    return len(now) == len(before) and all(
-        new is old for items in zip(now, before, strict=True) for new, old in zip(*items, strict=True)
-    )
+    return len(now) == len(before) and all(_same_item(*items) for items in zip(now, before, strict=True))
+
+
+def _same_item(new: Any, old: Any) -> bool:
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old) == 2:  # of a dict
+        return new[0] is old[0] and new[1] is old[1]
+    return new is old
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:

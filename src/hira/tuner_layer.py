@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -15,18 +15,21 @@ from hira.config import InitWeights, check_init_weights, check_rank
 from hira.errors import HiraError
 from hira.merging import MergeableLayer
 from hira.ops.workspace import formation_dtype
+from hira.sharded_layer import ShardedLayer
+from hira.sharding import only_gathers
 from hira.weights import Storage
 
 BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
 
 
-class HiraLayer(nn.Module, MergeableLayer):
+class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
 
     Active adapters add up, ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)``, which is one adapter of the summed rank, so they
     cost one product. The base layer's own forward runs instead of it, and the update is added to its output, where that
     forward is not the plain one of its type: another tuner inside, a subclass with its own forward, hooks on the layer.
-    So it does under dropout, where the base sees x and the update dropout(x).
+    So it does under dropout, where the base sees x and the update dropout(x). Where the base layer's own call brings
+    its weight in, as it may in a model that is sharded, the product is computed inside that call.
 
     Args:
         base_layer: the layer to adapt, possibly another tuner's.
@@ -59,6 +62,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         self.hira_embedding_B = nn.ParameterDict()
         self._disable_adapters = False
         self._init_merging()
+        self._init_sharding()
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
@@ -125,6 +129,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         self.r[adapter_name] = r
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
+        self._equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -133,6 +138,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         check_init_weights(init_weights)
         if init_weights is not False and adapter_name in self._factor_dicts[0]:
             A, B = (factors[adapter_name] for factors in self._factor_dicts)
+            self._equal_on_all_processes.discard(adapter_name)
             with torch.no_grad():
                 self._init_factors(A, B, self.r[adapter_name], init_weights)
 
@@ -279,16 +285,30 @@ class HiraLayer(nn.Module, MergeableLayer):
         return self._adapted(x, names, *args, **kwargs)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The output under some adapters: one product for those without dropout, one more for each with it."""
+        """The output under some adapters: one product where the base layer is plain, or its call has one."""
+        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
+        base_output = partial(self._base_output, x, *args, **kwargs)
+        if not names:
+            return base_output()
+        if self._runs_inside():
+            y, met = self._inside(names, base_output)
+            return y if met else self._with_updates(y, x, names)
+        if self._is_plain() and not (args or kwargs):
+            return self._combined(x, names, base_output)
+        return self._with_updates(base_output(), x, names)
+
+    def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
+        """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
         dropping = [name for name in names if self._drops(name)]
         steady = [name for name in names if name not in dropping]
-        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
-        if steady and self._is_plain() and not (args or kwargs):
-            y = self._product(x, *self._factors(steady))
-        else:
-            y = self._base_output(x, *args, **kwargs)
-            if steady:
-                y = y + self._update(x, *self._factors(steady)).to(y.dtype)
+        y = self._product(x, *self._factors(steady)) if steady else base_output()
+        return self._with_updates(y, x, dropping)
+
+    def _with_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        dropping = [name for name in names if self._drops(name)]
+        steady = [name for name in names if name not in dropping]
+        if steady:
+            y = y + self._update(x, *self._factors(steady)).to(y.dtype)
         for name in dropping:
             y = y + self._update(x, *self._factors([name]), self.hira_dropout[name]).to(y.dtype)
         return y
@@ -299,10 +319,11 @@ class HiraLayer(nn.Module, MergeableLayer):
 
     def _is_plain(self) -> bool:
         base = self.base_layer
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (
             type(base).forward in self.storage.plain_forwards
             and offload.is_own_forward(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and all(only_gathers(hook) for kind in hooks for hook in kind.values())
         )
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -319,6 +340,7 @@ class HiraLayer(nn.Module, MergeableLayer):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name if name in self._factor_dicts[0] else BASE, []).append(row)
+        self._check_mixed_batch(rows)
         if len(rows) == 1:
             return self._adapted(x, self._present(list(rows)), *args, **kwargs)
         parts = self._mixed_parts(x, rows, *args, **kwargs)

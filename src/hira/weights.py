@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hira import offload
 from hira.errors import HiraError
 from hira.ops.linear import Dequantize
+from hira.sharding import is_dtensor, spread
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +45,8 @@ class Storage:
     def serves(cls, layer: Any, name: str = "weight") -> bool:
         """Whether a weight of a layer is stored like this."""
         weight = getattr(layer, name)
+        if is_dtensor(weight):  # a tensor that FSDP has sharded is whole when the layer computes; one of A or B is not
+            return weight.dtype in DENSE_DTYPES and spread(layer, name) == "tensor parallelism"
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
     @property
@@ -65,7 +68,9 @@ class Storage:
     def dequantize(self) -> Dequantize | None:
         """What turns `kept()` into W0, or None where that is W0 itself."""
         away = offload.away(self.layer, self.name)
-        return None if away is None else lambda placeholder: self._oriented(away.fetch(placeholder))
+        if away is not None:
+            return lambda placeholder: self._oriented(away.fetch(placeholder))
+        return self._oriented if self._keeps_parameter else None
 
     @property
     def bias(self) -> Tensor | None:
@@ -75,7 +80,19 @@ class Storage:
 
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
-        return self._oriented(self.stored)
+        weight: Tensor = self.stored
+        if is_dtensor(weight):
+            raise HiraError(
+                f"The {self.name} of {type(self.layer).__name__} is divided over processes by "
+                f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
+                "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
+            )
+        return weight if self._keeps_parameter else self._oriented(weight)
+
+    @property
+    def _keeps_parameter(self) -> bool:
+        """Whether autograd has to keep the parameter itself, because a view would keep what the parameter lets go."""
+        return False
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight
@@ -95,8 +112,14 @@ class Storage:
         """What `restore` needs to put the present weight back; no copy of data.
 
         Raises:
-            HiraError: the weight is not a parameter of the layer, so that none can be put in its place.
+            HiraError: the weight is not a parameter of the layer, so that none can be put in its place; or it is spread
+                over processes.
         """
+        if by := spread(self.layer, self.name):
+            raise HiraError(
+                f"The {self.name} of {type(self.layer).__name__} is spread over processes by {by}, so nothing can be "
+                "merged into it or unmerged; save the adapter, load it on a model that is not sharded and merge there."
+            )
         if self.name not in self.layer._parameters:
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is computed, not stored, so nothing can be merged "
@@ -132,6 +155,11 @@ class Storage:
 
 class Transposed(Storage):
     """A weight held as (in, out), as in a transformers `Conv1D` and wherever `fan_in_fan_out` says so."""
+
+    @property
+    def _keeps_parameter(self) -> bool:
+        # ZeRO-3 frees a weight by giving the parameter other data
+        return hasattr(self.stored, "ds_id") and not self.stored.requires_grad
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t()
