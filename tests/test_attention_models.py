@@ -218,9 +218,15 @@ def test_the_output_first_and_attention_with_another_adapter():
     assert_same(model(*args), expected(layer, plain, args, {}, ("other",)))
 
 
-def computed(base: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(base.attn, "in_proj_weight", nn.Identity())
-    return base
+def test_a_computed_weight():
+    base = Attending().double()
+    plain = copy.deepcopy(base.attn)
+    parametrize.register_parametrization(base.attn, "in_proj_weight", nn.Tanh())
+    model = get_peft_model(base, config())
+    args = self_attention(*FIRST)
+    assert_same(model(*args), expected(model.base_model.model.attn, plain, args, {}))
+    with pytest.raises(HiraError, match=r"^attn: The in_proj_weight of .* is computed, not stored, so nothing can be"):
+        model.merge_adapter()
 
 
 def integer_output(base: nn.Module) -> nn.Module:
@@ -231,7 +237,6 @@ def integer_output(base: nn.Module) -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "dropout": (Attending, {"hira_dropout": 0.1}, r"attn: hira_dropout is 0\.1, but nn\.MultiheadAttention .*=0"),
     "three weights": (lambda: Attending(kdim=4), {}, r"attn: .* has three weights .*; target its out_proj alone\."),
-    "a computed weight": (lambda: computed(Attending()), {}, r"The in_proj_weight of .* is computed, not stored"),
     "integers": (lambda: integer_output(Attending()), {}, r"its weight is a Tensor of torch\.int8\. HiRA reads dense"),
 }  # fmt: skip
 

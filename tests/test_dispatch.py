@@ -21,11 +21,11 @@ from hira.dispatch import DISPATCHERS, dispatch, dispatch_default, dispatch_para
 CONFIG = HiraConfig(r=2, init_weights=False)
 SUPPORTED = (
     r"is not supported\. HiRA adapts nn\.Linear, nn\.Embedding, nn\.Conv1d, nn\.Conv2d, nn\.Conv3d, "
-    r"nn\.MultiheadAttention, transformers' Conv1D and the 4-bit and 8-bit linear layers of bitsandbytes\.$"
+    r"nn\.MultiheadAttention, transformers' Conv1D and the quantised linear layers that docs/base_layers\.md lists\.$"
 )
 STORED = (
-    r"HiRA reads dense float weights and those of bitsandbytes; adapt the model before it is quantised, or leave this "
-    r"module out with exclude_modules\.$"
+    r"HiRA reads dense float weights and the quantised ones that docs/base_layers\.md lists; adapt the model before it "
+    r"is quantised, or leave this module out with exclude_modules\.$"
 )
 
 

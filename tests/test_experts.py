@@ -428,11 +428,20 @@ def test_a_parameter_that_is_not_dense_is_refused():
     assert not any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
-def test_a_parametrized_parameter_is_refused():
-    model = model_of("mixtral")
-    nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.o_proj, "weight", nn.Tanh())
-    with pytest.raises(HiraError, match=r"o_proj\.weight: The parameter weight of ParametrizedLinear is computed"):
-        adapt(model, target_parameters=["model.layers.0.self_attn.o_proj.weight"])
+def test_a_parametrized_parameter():
+    base = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    nn.utils.parametrize.register_parametrization(base[0], "weight", nn.Tanh())
+    W0, x = base[0].weight.detach(), torch.randn(4, 6, dtype=torch.float64)
+    config = HiraConfig(r=R, target_parameters=["0.weight"], init_weights=False)
+    model = get_peft_model(base, config).double()
+    wrapper = model.base_model.model[0]
+    A, B = wrapper.hira_A["default"], wrapper.hira_B["default"]
+    torch.testing.assert_close(model(x), reference.linear(x, W0, A, B), rtol=1e-12, atol=1e-12)
+    with pytest.raises(
+        HiraError, match=r"^0\.weight: The weight of ParametrizedLinear is computed, not stored, so nothing can"
+    ):
+        model.merge_adapter()
+    assert torch.equal(model.unload()(x), x @ W0.T)
 
 
 def test_mixed_models_are_refused():

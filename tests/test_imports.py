@@ -18,14 +18,14 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # know all of them, is named by the command only.
 LAYERS = [
     ["errors"],
-    ["ops"],
+    ["ops", "offload"],
     ["config", "transaction", "inference_cache", "stand_in", "lazy_weight", "sharding", "inside"],
     ["weights", "tensor_parallel"],
     ["merging", "sharded_layer", "storages"],
     ["tuner_layer"],
     ["layer", "experts"],
     ["bnb", "attention"],
-    ["dispatch"],
+    ["dispatch", "checkpoints"],
     ["model"],
     ["mixed"],
     ["registration"],

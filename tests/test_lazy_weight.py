@@ -20,7 +20,7 @@ def setting(transposed):
     W0, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((E, OUT, IN), (E, R, IN), (E, OUT, R)))
     leaves = [A.requires_grad_(), B.requires_grad_()]
     experts = [Expert(*parts) for parts in zip(W0, A.unbind(0), B.unbind(0), strict=True)]
-    dense = torch.stack([reference.modulated_weight(*expert) for expert in experts])
+    dense = torch.stack([reference.modulated_weight(*expert[:3]) for expert in experts])
     if transposed:
         dense = dense.transpose(1, 2)
     return LazyWeight(experts, range(E), transposed=transposed), dense, leaves

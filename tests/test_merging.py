@@ -438,11 +438,12 @@ def test_a_computed_weight_is_refused():
     before, x = state(adapted), torch.randn(3, 6)
     y = adapted(x)
     message = (
-        r"^The weight of ParametrizedLinear is computed, not stored, so nothing can be merged into it; remove its "
+        r"^{}The weight of ParametrizedLinear is computed, not stored, so nothing can be merged into it; remove its "
         r"parametrization first\.$"
     )
     for merge in (adapted.merge_adapter, adapted.merge_and_unload, last.merge):
-        with pytest.raises(HiraError, match=message):
+        name = "" if merge == last.merge else f"{last.name}: "
+        with pytest.raises(HiraError, match=message.format(name)):
             merge()
         assert_same_state(adapted, before)
         assert not any(layer.merged for layer in layers(adapted))

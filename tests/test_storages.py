@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import base_layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ NAMES = ("a", "b", "c")
 
 def _parametrised(cases: list[StorageCase]) -> Any:
     missing = [pytest.mark.skipif(case.installed is None, reason=f"{case.package} is not installed") for case in cases]
-    params = [pytest.param(case, id=case.name, marks=mark) for case, mark in zip(cases, missing, strict=True)]
+    params = [pytest.param(case, id=case.id, marks=mark) for case, mark in zip(cases, missing, strict=True)]
     return pytest.mark.parametrize("case", params)
 
 
@@ -220,6 +221,12 @@ def model_and_inputs(case: StorageCase) -> tuple[Any, Tensor]:
     return model, torch.randn(16, IN, dtype=case.inputs[0])
 
 
+def test_the_documentation_has_the_tables_of_the_tests():
+    page = base_layers.PAGE.read_text()
+    assert base_layers.with_tables(page) == page
+    assert all(f"| {case.name} |" in page for case in CASES)
+
+
 @every_storage
 def test_saved_and_loaded(case, tmp_path):
     model, x = model_and_inputs(case)
@@ -268,3 +275,18 @@ def test_merged_and_unloaded(case):
     unloaded = model.merge_and_unload()
     assert unloaded.first is base
     assert torch.equal(case.dense(base), merged)
+
+
+@_parametrised([case for case in CASES if case.write is None])
+def test_what_cannot_be_written_is_not_merged(case):
+    model, x = model_and_inputs(case)
+    base = model.eval().base_model.model.first.get_base_layer()
+    before, y = copies(case, base), model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            HiraError, match=r"^first: The weight of \w+ can be read but not written, so nothing can be"
+        ):
+            merge()
+    assert same(copies(case, base), before)
+    assert torch.equal(model(x), y)
+    assert model.unload().first is base

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hira import offload
 from hira.config import rank_of
 from hira.errors import HiraError
 from hira.layer import HiraLayer, Linear
@@ -85,10 +86,6 @@ class MultiheadAttention(HiraLayer):
         elif not base.out_proj._present([adapter_name]):
             base.out_proj.update_layer(adapter_name, rank, config=config)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self.storage.stored
-        return weight.device, weight.dtype
-
     # What a model reads
 
     @property
@@ -125,6 +122,7 @@ class MultiheadAttention(HiraLayer):
             self._check_names(adapter_names)
         query = args[0] if args else kwargs["query"]
         base: Any = self.base_layer
+        check_not_offloaded(base)
         output = base.out_proj
         in_proj = _form(self, query)
         if "forward" in base.__dict__:  # put there by accelerate, it runs the module itself
@@ -164,6 +162,15 @@ class MultiheadAttention(HiraLayer):
         return base
 
 
+def check_not_offloaded(base: nn.Module) -> None:
+    """Refuse attention whose weights accelerate brings in: it brings in none of `out_proj`, which is never called."""
+    if any(offload.source(module) is not None for module in base.modules()):
+        raise HiraError(
+            f"accelerate offloads the weights of {type(base).__name__}, but could not bring in those of its out_proj, "
+            "as attention multiplies by them without calling it. Leave attention on its device in the device map."
+        )
+
+
 def _excludes(config: Any, key: str) -> bool:
     """Whether a module is left out, or trained in full instead."""
     if isinstance(config.exclude_modules, str):
@@ -191,12 +198,13 @@ def dispatch_attention(target: nn.Module, adapter_name: str, hira_config: Any, *
         **kwargs: `r`, the rank, if not the config's, and `current_key`, the module's name in the model.
 
     Raises:
-        HiraError: the module's weights are three, not dense, computed, or adapted by another tuner; or the config asks
-            for dropout. The module is left as it was.
+        HiraError: the module's weights are three, not dense, or adapted by another tuner; or the config asks for
+            dropout. The module is left as it was.
     """
     base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, nn.MultiheadAttention):
         return None
+    check_not_offloaded(base)
     output = base.out_proj
     if target is not base or not isinstance(output, HiraLayer | nn.Linear):
         raise HiraError(
@@ -210,7 +218,6 @@ def dispatch_attention(target: nn.Module, adapter_name: str, hira_config: Any, *
         )
     for layer, name in ((base, "in_proj_weight"), (output, "weight")):
         layer = layer.get_base_layer() if isinstance(layer, HiraLayer) else layer
-        Storage(layer, name).snapshot()
         if not Storage.serves(layer, name):
             raise HiraError(
                 f"Target module {type(base).__name__} is not supported: its {name} is a "

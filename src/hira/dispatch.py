@@ -16,6 +16,8 @@ from hira.errors import HiraError
 from hira.experts import ParamWrapper
 from hira.layer import Conv1d, Conv2d, Conv3d, Embedding, HiraLayer, Linear
 from hira.sharding import spread
+from hira.storages.aqlm import Aqlm
+from hira.storages.gptq import Gptq
 from hira.storages.hqq import Hqq
 from hira.storages.torchao import Torchao
 from hira.weights import Storage
@@ -81,12 +83,17 @@ def dispatch_parameter(
 
 
 def linear_stored_as(storage: type[Storage]) -> Dispatcher:
-    """Return a dispatcher for linear layers whose weight is stored in some way."""
+    """Return a dispatcher for linear layers whose weight is stored in some way.
+
+    Args:
+        storage: the way; its constructor raises a HiraError for a layer whose weight cannot be read.
+    """
 
     def dispatch_storage(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not storage.serves(base):
             return None
+        storage(base)  # raises if this layer cannot be read
         return Linear(target, adapter_name, hira_config, kwargs.get("r"), storage_type=storage)
 
     return dispatch_storage
@@ -96,6 +103,8 @@ DISPATCHERS: tuple[Dispatcher, ...] = (
     dispatch_parameter,
     dispatch_bnb_8bit,
     dispatch_bnb_4bit,
+    linear_stored_as(Aqlm),
+    linear_stored_as(Gptq),
     linear_stored_as(Hqq),
     linear_stored_as(Torchao),
     dispatch_attention,

@@ -10,8 +10,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hira import offload
 from hira.errors import HiraError
 from hira.lazy_weight import Expert, LazyWeight
+from hira.offload import Away
+from hira.ops.linear import Dequantize
 from hira.stand_in import stand_in
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage
@@ -40,8 +43,7 @@ class ParamWrapper(HiraLayer):
 
     Raises:
         HiraError: the rank is not a positive integer, the parameter is not a dense float one of two or three
-            dimensions, or is parametrized, another tuner wraps the module, or the config asks for dropout or
-            `fan_in_fan_out`.
+            dimensions, another tuner wraps the module, or the config asks for dropout or `fan_in_fan_out`.
 
     Source: HiRA (ICLR 2025), equation 5; the layout from PEFT's LoRA.
     """
@@ -101,18 +103,21 @@ class ParamWrapper(HiraLayer):
     def _factors(self, names: Any) -> tuple[Tensor, Tensor]:
         """A (E, r, in) and B (E, out, r) of some adapters, joined to one adapter of the summed rank."""
         E = self._num_experts
-        As, Bs = ([factors[name] for name in names] for factors in self._factor_dicts)
+        As, Bs = ([self._factor(factors, name) for name in names] for factors in self._factor_dicts)
         A = torch.cat([A.reshape(E, -1, self.in_features) for A in As], dim=1)
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)
 
-    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor) -> LazyWeight:
-        """W' of W0 as it is stored, for A (E, r, in) and B (E, out, r)."""
+    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, away: Away | None = None) -> LazyWeight:
+        """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, r, in) and B (E, out, r)."""
         stacked = self._is_stacked
         matrices = W0.unbind(0) if stacked else (W0,)
         if self._is_transposed:
             matrices = tuple(matrix.t() for matrix in matrices)
-        experts = [Expert(*parts) for parts in zip(matrices, A.unbind(0), B.unbind(0), strict=True)]
+        experts = [
+            Expert(*parts, None if away is None else self._fetcher(away, e))
+            for e, parts in enumerate(zip(matrices, A.unbind(0), B.unbind(0), strict=True))
+        ]
         return LazyWeight(
             experts,
             range(len(experts)),
@@ -120,6 +125,16 @@ class ParamWrapper(HiraLayer):
             stacked=stacked,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
         )
+
+    def _fetcher(self, away: Away, e: int) -> Dequantize:
+        """What brings in W0[e], (out, in), and no other expert's."""
+        index, transposed = (e if self._is_stacked else ...), self._is_transposed
+
+        def fetch(placeholder: Tensor) -> Tensor:
+            W0 = away.fetch(placeholder, index)
+            return W0.t() if transposed else W0
+
+        return fetch
 
     def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._lazy(W0, A, B).form()
@@ -129,10 +144,6 @@ class ParamWrapper(HiraLayer):
         if self._is_transposed:
             delta = delta.transpose(1, 2)
         return delta if self._is_stacked else delta[0]
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter = getattr(base_layer, self.parameter_name)
-        return parameter.device, parameter.dtype
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -184,8 +195,10 @@ class ParamWrapper(HiraLayer):
 
     def _weight(self) -> Tensor:
         """What the module is to find in the place of the parameter."""
-        weight = self._lazy(self.storage.read(), *self._factors(self._present(self.active_adapters)))
-        config = getattr(self.get_base_layer(), "config", None)
+        base, storage = self.get_base_layer(), self.storage
+        factors = self._factors(self._present(self.active_adapters))
+        weight = self._lazy(storage.stored, *factors, offload.away(base, self.parameter_name))
+        config = getattr(base, "config", None)
         return weight if getattr(config, "_experts_implementation", None) in FOLLOWED else weight.form()
 
     def __repr__(self) -> str:
@@ -196,9 +209,15 @@ class ParamWrapper(HiraLayer):
 def _call(base: nn.Module, wrappers: list[ParamWrapper], *args: Any, **kwargs: Any) -> Any:
     """The output of a module with W' in the place of the wrapped parameters; under torch.compile a graph break."""
     weights = {wrapper.parameter_name: wrapper._weight() for wrapper in wrappers}
-    if "forward" not in base.__dict__:
+    if offload.is_own_forward(base):
+        args, kwargs = offload.moved((args, kwargs), base)
         return stand_in(base, **weights)(*args, **kwargs)
-    base.__dict__.update(weights)  # a forward of its own, such as accelerate's, is bound to this very module
+    if offload.source(base) is not None:
+        raise HiraError(
+            f"accelerate offloads the parameters of {type(base).__name__}, whose forward was replaced, and would bring "
+            "them in over the adapted ones. Leave this module on its device in the device map."
+        )
+    base.__dict__.update(weights)  # a forward of its own is bound to this very module
     try:
         return base(*args, **kwargs)
     finally:
@@ -214,12 +233,7 @@ def check_parameter(layer: nn.Module, name: str) -> None:
             f"The parameter {name} is one of a layer of {type(layer).__module__}, which adapts it too; target it with "
             "target_parameters or its module with target_modules, not both."
         )
-    if name not in base._parameters:
-        raise HiraError(
-            f"The parameter {name} of {type(base).__name__} is computed, not stored, so it cannot be adapted; remove "
-            "its parametrization first."
-        )
-    parameter = base._parameters[name]
+    parameter = getattr(base, name)
     if parameter.dim() not in (2, 3) or not Storage.serves(base, name):
         raise HiraError(
             f"The parameter {name} of {type(base).__name__} is a {type(parameter.data).__name__} of {parameter.dtype} "

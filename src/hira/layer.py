@@ -71,7 +71,7 @@ class Linear(HiraLayer):
         return base.in_features, base.out_features
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._linear(x, A, B, self.get_base_layer().bias)
+        return self._linear(x, A, B, self.storage.bias)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         return self._linear(x if dropout is None else dropout(x), A, B, update_only=True)
@@ -106,7 +106,7 @@ class Linear(HiraLayer):
         weight = None if args or kwargs else self._kept_weight(x, names)
         if weight is None:
             return super()._active(x, names, *args, **kwargs)
-        bias = self.get_base_layer().bias
+        bias = self.storage.bias
         return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
 
     def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
@@ -121,8 +121,10 @@ class Linear(HiraLayer):
             return None
         sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = modulate.product_dtype(x, sources[0].dtype)
-        if (x.dtype != dtype and not modulate.autocasts(x.device)) or any(
-            source.is_inference() or not is_concrete(source) for source in sources
+        if (
+            sources[0].is_meta
+            or (x.dtype != dtype and not modulate.autocasts(x.device))
+            or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
             return None
         weight = inference_cache.get(self, sources, dtype)
@@ -139,7 +141,7 @@ class Linear(HiraLayer):
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
         factors = [self._factors([name]) for name in single]
-        y = ops.linear_each(tokens, self.storage.kept(), factors, self.get_base_layer().bias)
+        y = ops.linear_each(tokens, self.storage.kept(), factors, self.storage.bias)
         found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
         others = {name: rows[name] for name in rows if name not in found}
         found.update(zip(others, super()._mixed_parts(x, others), strict=True))
@@ -285,9 +287,10 @@ class ConvNd(HiraLayer):
         padding, pad = _padding(base)
         if pad is not None:
             x = F.pad(x, pad, mode="constant" if base.padding_mode == "zeros" else base.padding_mode)
+        storage = self.storage
         return ops.conv(
             x,
-            self.storage.read(),
+            storage.kept(),
             A,
             B,
             bias,
@@ -296,6 +299,7 @@ class ConvNd(HiraLayer):
             dilation=base.dilation,
             groups=base.groups,
             update_only=update_only,
+            dequantize=storage.dequantize,
         )
 
     def _runs_inside(self) -> bool:
@@ -303,7 +307,7 @@ class ConvNd(HiraLayer):
         return self.get_base_layer().padding_mode == "zeros" and super()._runs_inside()
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._convolve(x, A, B, self.get_base_layer().bias, update_only=False)
+        return self._convolve(x, A, B, self.storage.bias, update_only=False)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         return self._convolve(x if dropout is None else dropout(x), A, B, None, update_only=True)

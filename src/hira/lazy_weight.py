@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hira.errors import HiraError
-from hira.ops.linear import WeightGradient, linear
+from hira.ops.linear import Dequantize, WeightGradient, linear
 from hira.ops.modulate import modulated_weight, no_autocast
 
 
@@ -24,6 +24,7 @@ class Expert(NamedTuple):
     W0: Tensor  # (out, in)
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
+    dequantize: Dequantize | None = None  # what makes W0 of a tensor in its place
 
 
 class LazyWeight(Tensor):
@@ -58,7 +59,7 @@ class LazyWeight(Tensor):
         weight_gradient: WeightGradient = "exact",
     ) -> LazyWeight:
         """Make the tensor; see the class."""
-        W0, A, B = experts[0]
+        W0, A, B, _ = experts[0]
         ids = list(ids)
         rows, columns = W0.shape[::-1] if transposed else W0.shape
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (W0, A, B))
@@ -66,7 +67,7 @@ class LazyWeight(Tensor):
             cls,
             (len(ids), rows, columns) if stacked else (rows, columns),
             dtype=W0.dtype,
-            device=W0.device,
+            device=A.device,
             requires_grad=trains,
         )
         self.experts, self.ids, self.weight_gradient = experts, ids, weight_gradient
@@ -107,13 +108,18 @@ class LazyWeight(Tensor):
 
     def form(self) -> Tensor:
         """W' of the experts that it is about, dense and tracked by autograd."""
-        formed = {i: modulated_weight(*self.experts[i]) for i in set(self.ids)}
+        formed = {i: self._form(*self.experts[i]) for i in set(self.ids)}
         matrices = [formed[i].t() if self.transposed else formed[i] for i in self.ids]
         return torch.stack(matrices) if self.stacked else matrices[0]
 
+    @staticmethod
+    def _form(W0: Tensor, A: Tensor, B: Tensor, dequantize: Dequantize | None) -> Tensor:
+        return modulated_weight(W0 if dequantize is None else dequantize(W0), A, B)
+
     def _apply(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the product with W' of expert i."""
-        return linear(x, *self.experts[i], bias, weight_gradient=self.weight_gradient)
+        W0, A, B, dequantize = self.experts[i]
+        return linear(x, W0, A, B, bias, dequantize=dequantize, weight_gradient=self.weight_gradient)
 
     def _of(self, ids: list[int], *, stacked: bool) -> LazyWeight:
         return LazyWeight(

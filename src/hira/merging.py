@@ -15,7 +15,7 @@ from hira.weights import Storage
 
 
 class _Record(NamedTuple):
-    """What a merged layer remembers: the weight before, and the parameter it wrote, to notice a later change."""
+    """What a merged layer remembers: the weight before, and what it wrote, to notice a later change."""
 
     original: Any
     written: Any
@@ -65,8 +65,7 @@ class MergeableLayer(BaseTunerLayer):
             self.check_merge(names)
         original = self._record.original if self._record else self.storage.snapshot()
         self._write_merged([*self.merged_adapters, *names], original)
-        written = self.storage.stored
-        self._record = _Record(original, written, written._version)
+        self._record = _Record(original, *self.storage.identity())
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -133,11 +132,12 @@ class MergeableLayer(BaseTunerLayer):
 
     def _settle(self) -> None:
         """Find out whether the base weight was replaced while merged; if so, it is the new W0 and nothing is merged."""
+        self.storage.check_here()
         record = self._record
         if record is None:
             return
-        weight = self.storage.stored
-        if weight is record.written and weight._version == record.version:
+        written, version = self.storage.identity()
+        if written is record.written and version == record.version:
             return
         storage, present = self.storage, self.storage.snapshot()
         found = storage.read()

@@ -10,6 +10,7 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hira import offload
 from hira.config import check_config
 from hira.errors import HiraError
 from hira.layer import HiraLayer
@@ -41,6 +42,7 @@ class HiraMixedModel(MixedModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         HiraModel._check_known(self, adapter_names or [])
+        _check_not_offloaded(self.model)
         with unchanged_on_error(self.model), _weights_back_on_error(self.model):
             for layer in hira_layers(self.model):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -59,6 +61,8 @@ class HiraMixedModel(MixedModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         HiraModel._check_known(self, adapter_names or [])
+        if merge:
+            _check_not_offloaded(self.model)
         with unchanged_on_error(self.model), _weights_back_on_error(self.model):
             for parent in list(self.model.modules()):
                 for name, child in parent.named_children():
@@ -85,6 +89,15 @@ def _weights_back_on_error(model: nn.Module) -> Iterator[None]:
 
 def _other_tuner_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, HiraLayer)]
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    for layer in _other_tuner_layers(model):
+        if offload.source(layer.get_base_layer()) is not None:
+            raise HiraError(
+                f"A {type(layer).__name__} of {type(layer).__module__} cannot be merged into a weight that accelerate "
+                "offloads: what it writes would be lost. Load the model without offloading and merge there."
+            )
 
 
 def _is_hira(config: Any) -> bool:

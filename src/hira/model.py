@@ -9,15 +9,17 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from hira import offload
+from hira.attention import check_not_offloaded
+from hira.checkpoints import check_whole, fit_to_checkpoint, unwrapped
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
 from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
-from hira.sharding import is_dtensor
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
 
@@ -51,8 +53,11 @@ class HiraModel(BaseTuner):
         check_config(self.peft_config[adapter_name])
         check_new_name(model, adapter_name)
         check_targets(model, _target_parameters(self.peft_config[adapter_name]))
+        offload.check_copies(model, self.peft_config[adapter_name].modules_to_save or ())
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
+        offload.enter_adapters(model, HiraLayer, self.prefix)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
@@ -94,6 +99,8 @@ class HiraModel(BaseTuner):
             return
         options = {"r": r, "current_key": current_key, "parameter_name": parameter_name}
         try:
+            if isinstance(parent, nn.MultiheadAttention):
+                check_not_offloaded(parent)
             layer: Any = dispatch(target, adapter_name, hira_config, **options)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
@@ -104,8 +111,9 @@ class HiraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, HiraLayer) and not isinstance(new_module, HiraLayer):
-            setattr(parent, child_name, new_module)  # PEFT looks for a weight, which need not be there
+        if isinstance(child, HiraLayer) or isinstance(new_module, HiraLayer):
+            # adapters are where they belong; PEFT looks for a weight, which need not be there, to move them to
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -122,6 +130,12 @@ class HiraModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_known(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training mode, or to evaluation; a HiraError if no adapter could be trained where it is."""
+        if mode and any(parameter.is_meta for parameter in self.model.parameters() if parameter.requires_grad):
+            offload.check_blocks(self.model, HiraLayer, "Adapters cannot be trained")
+        return super().train(mode)
 
     # Merging
 
@@ -152,6 +166,8 @@ class HiraModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if merge:
+            offload.untie(model)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -159,8 +175,13 @@ class HiraModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
+        offload.check_blocks(self.model, HiraLayer, "Adapters cannot be merged")
         for layer in hira_layers(self.model):
-            layer.storage.snapshot()
+            try:
+                layer.storage.check_here()
+                layer.storage.snapshot()
+            except HiraError as error:
+                raise HiraError(f"{layer.name}: {error}") from error
             if safe_merge:
                 layer.check_merge(adapter_names)
 
@@ -213,6 +234,16 @@ class HiraModel(BaseTuner):
 
     # Checkpoints
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module; offloaded embeddings are brought in if they are targeted, as PEFT then saves them too."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        targets = [name for config in self.peft_config.values() for name in config.target_modules or ()]
+        if any(name in targets for name in EMBEDDING_LAYER_NAMES):
+            for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
+                if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
+                    offload.bring_in(state, module, f"{name}.")
+        return state
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -223,9 +254,9 @@ class HiraModel(BaseTuner):
         for name, layer in model.named_modules():
             if isinstance(layer, HiraLayer):
                 # PEFT does not look through FSDP's wrappers around parts of the model
-                keys = [f"{_unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
+                keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
                 found.update({key: state_dict[key] for key in keys if key in state_dict})
-        _check_whole(found)
+        check_whole(found)
         return found
 
     @classmethod
@@ -235,7 +266,8 @@ class HiraModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        _fit_to_checkpoint(model, config, adapter_name, remapped)
+        fit_to_checkpoint(model, config, adapter_name, remapped)
+        offload.take(remapped, model)
         return remapped
 
 
@@ -276,60 +308,3 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _unwrapped(name: str) -> str:
-    """A module's name without those of FSDP's wrappers, as state dicts have it."""
-    return name.replace("_fsdp_wrapped_module.", "")
-
-
-def _check_whole(state_dict: dict[str, Tensor]) -> None:
-    """Refuse to save what other processes have parts of."""
-    for key, value in state_dict.items():
-        if is_dtensor(value) or value.numel() == 0:
-            raise HiraError(
-                f"{key} is spread over processes: here it is a {type(value).__name__} of shape {tuple(value.shape)}. "
-                "Gather the state dict first, with accelerator.get_state_dict(model), Trainer.save_model or "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, and pass it "
-                "as state_dict to save_pretrained or get_peft_model_state_dict."
-            )
-
-
-def _fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
-
-    PEFT up to 0.21 ignores `rank_pattern` for a model's first adapter, so a file may hold tensors of rank r where the
-    pattern has another: there the file's rank wins.
-    """
-    problems: list[str] = []
-    expected: set[str] = set()
-    resized: list[HiraLayer] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
-            continue
-        keys = [f"{_unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
-        expected.update(keys)
-        missing = [key for key in keys if key not in state_dict]
-        problems += [f"{key} is missing" for key in missing]
-        if missing:
-            continue
-        found = tuple(tuple(state_dict[key].shape) for key in keys)
-        shapes = layer._factor_shapes(layer.r[adapter_name])
-        if found != shapes and config.rank_pattern and found == layer._factor_shapes(config.r):
-            resized.append(layer)
-        elif found != shapes:
-            problems += [f"{k} is of shape {f}, not {s}" for k, f, s in zip(keys, found, shapes, strict=True) if f != s]
-    factors = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
-    problems += [
-        f"{key} belongs to no adapted module"
-        for key in state_dict
-        if key not in expected and (key.removesuffix(f".{adapter_name}").endswith(factors))
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise HiraError(
-            f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems[:5])}{more}. Nothing was "
-            "loaded. Check that it was trained on this model, with this configuration."
-        )
-    for layer in resized:
-        layer.resize_adapter(adapter_name, config.r)

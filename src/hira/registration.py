@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Union
@@ -16,6 +17,7 @@ import peft.tuners
 import peft.tuners.hira
 import peft.tuners.mixed
 import peft.tuners.mixed.model
+import peft.tuners.tuners_utils
 from peft.utils import PeftType
 from torch import nn
 
@@ -28,6 +30,7 @@ from hira.config import HiraConfig
 from hira.layer import HiraLayer
 from hira.mixed import HiraMixedModel
 from hira.model import HiraModel
+from hira.offload import left_where_it_is
 from hira.transaction import unchanged_on_error
 
 _MISSING = object()
@@ -89,6 +92,9 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     for module in (mixed, peft.tuners.mixed, peft.tuners, peft.mixed_model):
         yield module, "MixedModel", HiraMixedModel
 
+    tuners = peft.tuners.tuners_utils
+    yield tuners, "onload_layer", _onloading_others(tuners.onload_layer)
+
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
         yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
@@ -131,12 +137,35 @@ def _has_hira(model: nn.Module) -> bool:
     return any(isinstance(module, HiraLayer) for module in model.modules())
 
 
+def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """PEFT's way of bringing an offloaded layer in to merge it, for all layers but those that do so themselves."""
+
+    @functools.wraps(onload_layer)
+    def wrapper(layer: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if isinstance(layer, HiraLayer) else onload_layer(layer)
+
+    return wrapper
+
+
+def _is_spread_for_hira(model: nn.Module, model_id: Any, options: dict[str, Any]) -> bool:
+    """Whether a model that accelerate has spread over devices is about to get a HiRA adapter."""
+    if not any("hf_device_map" in module.__dict__ for module in model.modules()):
+        return False
+    config = options.get("config")
+    if config is not None:
+        return bool(config.peft_type == PeftType.HIRA)
+    where = ("subfolder", "revision", "cache_dir", "use_auth_token", "token")
+    given = {name: options[name] for name in where if options.get(name) is not None}
+    found = peft.PeftConfig._get_peft_type(model_id, **given)
+    return bool(found == PeftType.HIRA)
+
+
 def _all_or_nothing(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """`PeftModel.load_adapter`, that takes a HiRA adapter it could not load out of the model again."""
 
     @functools.wraps(load_adapter)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with unchanged_on_error(self, only_if=_has_hira):
+        with unchanged_on_error(self, only_if=_has_hira), left_where_it_is(self) if _has_hira(self) else nullcontext():
             return load_adapter(self, *args, **kwargs)
 
     return wrapper
@@ -147,8 +176,9 @@ def _all_or_nothing_class(from_pretrained: Any) -> Any:
     function = from_pretrained.__func__
 
     @functools.wraps(function)
-    def wrapper(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with unchanged_on_error(model, only_if=_has_hira):
-            return function(cls, model, *args, **kwargs)
+    def wrapper(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = left_where_it_is(model) if _is_spread_for_hira(model, model_id, kwargs) else nullcontext()
+        with unchanged_on_error(model, only_if=_has_hira), hidden:
+            return function(cls, model, model_id, *args, **kwargs)
 
     return classmethod(wrapper)

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from hira import offload
+
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = lambda model: True) -> Iterator[None]:
     """Undo what the body did to a model's structure if the body raises.
 
     What is put back: which modules, parameters and buffers every module has, its other attributes, the contents of
-    those that are dicts, lists or sets, and which parameters require gradients. The values of tensors are not: the body
-    has to check before it writes any.
+    those that are dicts, lists or sets, those of accelerate's hooks on it, and which parameters require gradients. The
+    values of tensors are not: the body has to check before it writes any.
 
     Args:
         model: the model.
@@ -58,4 +60,5 @@ def _same_item(new: Any, old: Any) -> bool:
 def _containers(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         yield module.__dict__
+        yield from (hook.__dict__ for hook in offload.hooks(module))
         yield from (value for value in module.__dict__.values() if isinstance(value, dict | list | set))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hira import ops
+from hira import offload, ops
 from hira.config import InitWeights, check_init_weights, check_rank
 from hira.errors import HiraError
 from hira.merging import MergeableLayer
@@ -120,6 +120,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """
         check_rank(r, "r")
         check_init_weights(config.init_weights)
+        self.storage.check_here()
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
             self._init_factors(A, B, r, config.init_weights)
@@ -148,6 +149,13 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
         self.r[adapter_name] = r
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+        """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
+        stored = self.storage.stored
+        base = self.get_base_layer()
+        device = offload.execution_device(base) if offload.source(base) is not None else stored.device
+        return torch.device(device), getattr(base, "compute_dtype", stored.dtype)
+
     @property
     def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
         A, B = self.factor_names
@@ -160,9 +168,24 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._factor_dicts[0]]
 
+    def _factor(self, factors: nn.ParameterDict, name: str) -> Tensor:
+        """A or B of an adapter, brought in if it was offloaded."""
+        factor: Tensor = factors[name]
+        if factor.is_meta:
+            offload.check_can_train(factors, name)
+            factor = offload.present(factors, name)
+        return factor
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module; adapters that were offloaded are brought in for it."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for attribute in self.adapter_layer_names:
+            offload.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
+        return state
+
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A and B of some adapters, joined to one adapter of the summed rank."""
-        As, Bs = ([factors[name] for name in names] for factors in self._factor_dicts)
+        As, Bs = ([self._factor(factors, name) for name in names] for factors in self._factor_dicts)
         if len(names) == 1:
             return As[0], Bs[0]
         dtype = reduce(torch.promote_types, (A.dtype for A in As))
@@ -239,6 +262,10 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
         """
         y: Tensor
+        base, given = self.get_base_layer(), x.device
+        if offload.is_hooked(base):
+            self.storage.check_here()
+            x = offload.place(x, base)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
@@ -247,7 +274,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             y = self._base_output(x, *args, **kwargs)
         else:
             y = self._active(x, self._present(self.active_adapters), *args, **kwargs)
-        return y
+        return y.to(given) if offload.is_hooked(base) and offload.returns_output(base) else y
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
@@ -262,6 +289,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         base_output = partial(self._base_output, x, *args, **kwargs)
         if not names:
             return base_output()
+        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
         if self._runs_inside():
             y, met = self._inside(names, base_output)
             return y if met else self._with_updates(y, x, names)
@@ -271,17 +299,15 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
         """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
-        dropping = [name for name in names if self._drops(name)]
-        steady = [name for name in names if name not in dropping]
+        steady = [name for name in names if not self._drops(name)]
         y = self._product(x, *self._factors(steady)) if steady else base_output()
-        return self._with_updates(y, x, dropping)
+        return self._with_updates(y, x, [name for name in names if name not in steady])
 
     def _with_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        dropping = [name for name in names if self._drops(name)]
-        steady = [name for name in names if name not in dropping]
+        steady = [name for name in names if not self._drops(name)]
         if steady:
             y = y + self._update(x, *self._factors(steady)).to(y.dtype)
-        for name in dropping:
+        for name in (name for name in names if name not in steady):
             y = y + self._update(x, *self._factors([name]), self.hira_dropout[name]).to(y.dtype)
         return y
 
@@ -294,7 +320,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (
             type(base).forward in self.storage.plain_forwards
-            and "forward" not in base.__dict__
+            and offload.is_own_forward(base)
             and all(only_gathers(hook) for kind in hooks for hook in kind.values())
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hira import offload
 from hira.errors import HiraError
 from hira.ops.linear import Dequantize
 from hira.sharding import is_dtensor, spread
@@ -27,6 +28,9 @@ class Storage:
 
     `write` installs a new parameter instead of changing the old one. Whoever shares the old one, such as an output
     layer tied to an embedding, keeps it; and to restore it is to put it back, bit for bit, ties included.
+
+    Where accelerate keeps the weight elsewhere, the layer has a placeholder, which is what autograd keeps; W0 is
+    brought in for each product. A merged weight goes to where the base layer's own forward will find it.
 
     Args:
         layer: the base layer.
@@ -63,17 +67,31 @@ class Storage:
     @property
     def dequantize(self) -> Dequantize | None:
         """What turns `kept()` into W0, or None where that is W0 itself."""
-        return None
+        away = offload.away(self.layer, self.name)
+        return self._orienting() if away is None else lambda placeholder: self._oriented(away.fetch(placeholder))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        bias: Tensor | None = self.layer.bias
+        return bias if bias is None or not bias.is_meta else offload.present(self.layer, "bias")
 
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
-        weight: Tensor = self.stored
-        if is_dtensor(weight):
+        stored = self.stored
+        if is_dtensor(stored):
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is divided over processes by "
                 f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
                 "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
             )
+        return stored if self._orienting() else self._oriented(stored)
+
+    def _orienting(self) -> Dequantize | None:
+        """What orients the weight where autograd should keep it as it is stored; None where `kept` does."""
+        return None
+
+    def _oriented(self, weight: Tensor) -> Tensor:
         return weight
 
     def read(self) -> Tensor:
@@ -82,7 +100,10 @@ class Storage:
 
     def write(self, weight: Tensor) -> None:
         """Put a dense weight, oriented as `read` gives it, in the place of the stored one."""
-        setattr(self.layer, self.name, nn.Parameter(weight, requires_grad=self.stored.requires_grad))
+        if offload.source(self.layer) is not None:
+            offload.put(self.layer, self.name, weight)
+        else:
+            setattr(self.layer, self.name, nn.Parameter(weight, requires_grad=self.stored.requires_grad))
 
     def snapshot(self) -> Any:
         """What `restore` needs to put the present weight back; no copy of data.
@@ -101,10 +122,29 @@ class Storage:
                 f"The {self.name} of {type(self.layer).__name__} is computed, not stored, so nothing can be merged "
                 "into it; remove its parametrization first."
             )
-        return self.stored
+        hook = offload.source(self.layer)
+        return self.stored if hook is None else offload.Kept(hook.weights_map, self.name)
+
+    def identity(self) -> tuple[Any, int]:
+        """An object and its version, both the same as long as nobody replaces the weight."""
+        hook = offload.source(self.layer)
+        return (self.stored, self.stored._version) if hook is None else (hook.weights_map, 0)
+
+    def check_here(self) -> None:
+        """Raise a HiraError if accelerate keeps the weight elsewhere in a form that cannot be brought in."""
+        if type(self).dequantize is not Storage.dequantize and offload.source(self.layer) is not None:
+            raise HiraError(
+                f"accelerate offloads the weight of {type(self.layer).__name__}, which is quantised; HiRA brings in "
+                "dense weights only. Leave this module on its device in the device map, or out of target_modules."
+            )
 
     def restore(self, snapshot: Any) -> None:
         """Put back the weight of a snapshot, on the device and in the dtype that the layer has now."""
+        if offload.source(self.layer) is not None:
+            offload.put(self.layer, self.name, snapshot)
+            return
+        if isinstance(snapshot, offload.Kept):  # the weights have come back since
+            snapshot = nn.Parameter(snapshot.value.detach(), requires_grad=self.stored.requires_grad)
         present = self.stored
         snapshot.data = snapshot.data.to(present.device, present.dtype)
         setattr(self.layer, self.name, snapshot)
@@ -113,18 +153,22 @@ class Storage:
 class Transposed(Storage):
     """A weight held as (in, out), as in a transformers `Conv1D` and wherever `fan_in_fan_out` says so."""
 
-    @property
-    def dequantize(self) -> Dequantize | None:
-        return Tensor.t if self._is_freed_by_assignment else None
+    def _orienting(self) -> Dequantize | None:
+        # ZeRO-3 frees a weight by giving the parameter other data; a view would keep the old
+        return Tensor.t if hasattr(self.stored, "ds_id") and not self.stored.requires_grad else None
 
-    def kept(self) -> Tensor:
-        kept = super().kept()
-        return kept if self._is_freed_by_assignment else kept.t()
-
-    @property
-    def _is_freed_by_assignment(self) -> bool:
-        """Whether ZeRO-3 frees the weight by giving the parameter other data, and a view would keep the old."""
-        return hasattr(self.stored, "ds_id") and not self.stored.requires_grad
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
     def write(self, weight: Tensor) -> None:
         super().write(weight.t())
+
+
+class ReadOnly(Storage):
+    """A weight that can be read but not written, such as one that is quantised by calibration."""
+
+    def snapshot(self) -> Any:
+        raise HiraError(
+            f"The weight of {type(self.layer).__name__} can be read but not written, so nothing can be merged into it; "
+            "save the adapter, load it on the model as it was before it was quantised, and merge it there."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ def conv(
     dilation: Sequence[int],
     groups: int,
     update_only: bool = False,
+    dequantize: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Convolve x with an adapted weight as one convolution.
 
@@ -50,6 +51,7 @@ def conv(
         stride, padding, dilation: one integer for each spatial dimension; padding is with zeros.
         groups: the number of channel groups.
         update_only: leave out the 1, for a caller that adds the base layer's own output.
+        dequantize: maps `W0`, which then is what is kept of it, to W0. Called in forward and again in backward.
 
     Returns:
         (batch, out, *spatial') or (out, *spatial'), in the dtype that the plain convolution gives, autocast included.
@@ -65,7 +67,7 @@ def conv(
     bias = bias if bias is None else bias.to(dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     unbatched = x.dim() == W0.dim() - 1
-    y: Tensor = _Conv.apply(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only)
+    y: Tensor = _Conv.apply(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only, dequantize)
     return y.squeeze(0) if unbatched else y
 
 
@@ -79,7 +81,9 @@ class _Conv(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         update_only: bool,
+        dequantize: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
+        W0 = W0 if dequantize is None else dequantize(W0)
         weight = form_kernel(W0, A, B, x.dtype, update_only)
         with no_autocast(x.device):
             return torch.convolution(
@@ -96,7 +100,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, W0, A, B, bias, ctx.geometry, ctx.update_only = inputs
+        x, W0, A, B, bias, ctx.geometry, ctx.update_only, ctx.dequantize = inputs
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.save_for_backward(x, W0, A, B)
 
@@ -106,6 +110,7 @@ class _Conv(torch.autograd.Function):
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        W0 = W0 if ctx.dequantize is None else ctx.dequantize(W0)
         weight = form_kernel(W0, A, B, x.dtype, ctx.update_only)
         dW0 = dA = dB = None
         with no_autocast(dy.device):
@@ -130,7 +135,7 @@ class _Conv(torch.autograd.Function):
                 dA = torch.zeros_like(A_)
                 dB = pull_back(G.flatten(1).to(dtype), W0_, A_, B_, dA).to(B.dtype).view(B.shape)
                 dA = dA.to(A.dtype).view(A.shape)
-        return dx, dW0, dA, dB, dbias, None, None
+        return dx, dW0, dA, dB, dbias, None, None, None
 
 
 def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False) -> Tensor:
