@@ -1,4 +1,4 @@
-"""Writes the tables of docs/base_layers.md from what the tests are parametrised with: python tests/base_layers.py"""
+"""Writes the tables of docs/base_layers.md and docs/sharding.md from the tests' cases: python tests/base_layers.py"""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from offloading import AFTERWARDS, WAYS
+from sharding import MODES
 from storages import CASES
 
 ROOT = Path(__file__).parent.parent
-PAGE, VERSIONS = ROOT / "docs/base_layers.md", ROOT / "constraints.txt"
+PAGE, SHARDING, VERSIONS = ROOT / "docs/base_layers.md", ROOT / "docs/sharding.md", ROOT / "constraints.txt"
 BEGIN, END = "<!-- tests/base_layers.py writes {} from here -->\n", "<!-- to here -->\n"
 
 
@@ -41,21 +42,41 @@ def offloading() -> list[str]:
     return table(("way", "forward and backward", "merge", "save and load", "tested"), rows)
 
 
+def sharding() -> list[str]:
+    """The table of ways to spread a model over processes."""
+    pinned = versions()
+    rows = [
+        (
+            mode.name,
+            "yes",
+            mode.save,
+            "yes" if mode.merges else "refused",
+            ", ".join(sorted({kind for kind, _ in mode.models})),
+            f"{mode.package} {pinned[mode.package]}",
+        )
+        for mode in MODES
+    ]
+    return table(("mode", "forward and backward", "save and reload", "merge", "models", "tested"), rows)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-TABLES = {"storages": storages, "offloading": offloading}
+TABLES = {"storages": storages, "offloading": offloading, "sharding": sharding}
 
 
 def with_tables(page: str) -> str:
     """The page with each table between its two marks."""
     for name, rows in TABLES.items():
         before, begin, rest = page.partition(BEGIN.format(name))
+        if not begin:  # it stands on the other page
+            continue
         page = before + begin + "\n".join(rows()) + "\n" + END + rest.partition(END)[2]
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    for page in (PAGE, SHARDING):
+        page.write_text(with_tables(page.read_text()))

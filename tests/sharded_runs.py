@@ -93,7 +93,13 @@ def case(mode: ShardingMode, kind: str, adapters: int, checkpoint: bool, folder:
         generated = run.model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         result["generated"] = generated
     before = {name: parameter.shape for name, parameter in run.model.named_parameters()}
-    result["merge"] = "merged" if mode.merges else _error(run.model.merge_adapter)
+    if mode.merges:
+        run.model.merge_adapter()
+        with torch.no_grad():
+            result["merged"] = run.call(input_ids=ids).logits.float()
+        run.model.unmerge_adapter()
+    else:
+        result["merge"] = _error(run.model.merge_adapter)
     result["unchanged"] = before == {name: parameter.shape for name, parameter in run.model.named_parameters()}
     if hasattr(run.call, "destroy"):
         run.call.destroy()

@@ -286,10 +286,10 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output under some adapters: one product where the base layer is plain, or its call has one."""
-        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
         base_output = partial(self._base_output, x, *args, **kwargs)
         if not names:
             return base_output()
+        offload.check_reachable(self.get_base_layer(), self.storage.stored, x)
         if self._runs_inside():
             y, met = self._inside(names, base_output)
             return y if met else self._with_updates(y, x, names)
@@ -299,17 +299,15 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
         """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
-        dropping = [name for name in names if self._drops(name)]
-        steady = [name for name in names if name not in dropping]
+        steady = [name for name in names if not self._drops(name)]
         y = self._product(x, *self._factors(steady)) if steady else base_output()
-        return self._with_updates(y, x, dropping)
+        return self._with_updates(y, x, [name for name in names if name not in steady])
 
     def _with_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        dropping = [name for name in names if self._drops(name)]
-        steady = [name for name in names if name not in dropping]
+        steady = [name for name in names if not self._drops(name)]
         if steady:
             y = y + self._update(x, *self._factors(steady)).to(y.dtype)
-        for name in dropping:
+        for name in (name for name in names if name not in steady):
             y = y + self._update(x, *self._factors([name]), self.hira_dropout[name]).to(y.dtype)
         return y
 

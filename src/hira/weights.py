@@ -68,9 +68,7 @@ class Storage:
     def dequantize(self) -> Dequantize | None:
         """What turns `kept()` into W0, or None where that is W0 itself."""
         away = offload.away(self.layer, self.name)
-        if away is not None:
-            return lambda placeholder: self._oriented(away.fetch(placeholder))
-        return self._oriented if self._keeps_parameter else None
+        return self._orienting() if away is None else lambda placeholder: self._oriented(away.fetch(placeholder))
 
     @property
     def bias(self) -> Tensor | None:
@@ -80,19 +78,18 @@ class Storage:
 
     def kept(self) -> Tensor:
         """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
-        weight: Tensor = self.stored
-        if is_dtensor(weight):
+        stored = self.stored
+        if is_dtensor(stored):
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is divided over processes by "
                 f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
                 "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
             )
-        return weight if self._keeps_parameter else self._oriented(weight)
+        return stored if self._orienting() else self._oriented(stored)
 
-    @property
-    def _keeps_parameter(self) -> bool:
-        """Whether autograd has to keep the parameter itself, because a view would keep what the parameter lets go."""
-        return False
+    def _orienting(self) -> Dequantize | None:
+        """What orients the weight where autograd should keep it as it is stored; None where `kept` does."""
+        return None
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight
@@ -156,10 +153,9 @@ class Storage:
 class Transposed(Storage):
     """A weight held as (in, out), as in a transformers `Conv1D` and wherever `fan_in_fan_out` says so."""
 
-    @property
-    def _keeps_parameter(self) -> bool:
-        # ZeRO-3 frees a weight by giving the parameter other data
-        return hasattr(self.stored, "ds_id") and not self.stored.requires_grad
+    def _orienting(self) -> Dequantize | None:
+        # ZeRO-3 frees a weight by giving the parameter other data; a view would keep the old
+        return Tensor.t if hasattr(self.stored, "ds_id") and not self.stored.requires_grad else None
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t()
