@@ -8,14 +8,15 @@ from hira import bench
 from hira.bench.report import by_case, find, ratio
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.json", ROOT / "benchmarks/results/cpu.png"
+README, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.png"
+RESULTS = [ROOT / "benchmarks/results" / name for name in ("cpu.json", "four_bit.json")]
 BEGIN, END = "<!-- benchmarks/readme_table.py writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = ("hira", "hira, int8 gradient", "PEFT's HiRA", "DoRA", "full fine-tuning")
 
 
 def rows() -> list[str]:
     """The table in Markdown: times relative to LoRA's, and peaks of memory where they were measured."""
-    records, _ = bench.load(RESULTS)
+    records = [record for path in RESULTS for record in bench.load(path)[0]]
     lines = [f"| | LoRA | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for case, group in by_case(records).items():
         lora = find(group, "LoRA")
@@ -41,4 +42,4 @@ def with_table(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(with_table(README.read_text()))
-    bench.plot(bench.load(RESULTS)[0], PICTURE)
+    bench.plot(bench.load(RESULTS[0])[0], PICTURE)

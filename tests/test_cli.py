@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import peft
@@ -163,3 +164,20 @@ def test_env(done):
     assert rows["PEFT's type HIRA"] == "hira"
     assert rows.keys() >= {"python", "hira", "transformers", "bitsandbytes", "triton", "linear", "embedding"}
     assert rows["triton"] == "not installed" or rows["triton"][0].isdigit()
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["env"], ["bench"]], ids=lambda command: " ".join(command) or "hira")
+def test_help_waits_for_nothing(command):
+    """Importing hira takes seconds, so help must not; the fastest of three runs, which another process may slow."""
+    program = "import sys; from hira_cli.app import app; app(standalone_mode=False); print(*sys.modules)"
+    python = [sys.executable, "-c", program, *command, "--help"]
+    done = subprocess.run(python, capture_output=True, text=True, check=True)
+    assert "Usage:" in done.stdout
+    assert not {"torch", "peft", "hira"} & set(done.stdout.split())
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        subprocess.run([HIRA, *command, "--help"], capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(3)) < 0.5

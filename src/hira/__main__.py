@@ -1,6 +1,6 @@
 """`python -m hira` is the `hira` command."""
 
-from hira.cli import main
+from hira_cli.app import main
 
 if __name__ == "__main__":
     main()

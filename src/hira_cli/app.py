@@ -53,6 +53,9 @@ def run(
     The program sees itself as __main__, its own arguments in sys.argv, and sys.path as python would set it. Its exit
     status is that of the command; a script or module that does not exist is a usage error, status 2.
     """
+    import hira
+
+    hira.register()
     sys.argv = [target, *context.args]
     if module:
         _lead_path(os.getcwd())
