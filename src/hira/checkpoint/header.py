@@ -214,7 +214,7 @@ def read_tensor(header: Header, name: str, rows: slice | None = None) -> Tensor:
         end = begin + count * row
     data = torch.empty(end - begin, dtype=torch.uint8)
     with _opened(header) as file:
-        _fill(file, begin, memoryview(data.numpy()), header, name)
+        _fill(file, begin, data.numpy().data, header, name)
     return data.view(dtype).reshape(shape)
 
 
@@ -234,7 +234,7 @@ def read_chunks(header: Header, name: str, size: int = 16 << 20) -> Iterator[mem
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor as a file holds them, without a copy where it is contiguous and on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _opened(header: Header) -> BinaryIO:
