@@ -87,13 +87,13 @@ class Output:
         self._stack = ExitStack()
 
     def __enter__(self) -> Output:
-        self._check_target()
         with ExitStack() as stack, explained(self.target):
+            self._check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_staging(self.staging))
             self._recover()
             self._kept = self._read_state()
-            self._clear(keep=self._kept)
+            self._clear(keep={*self._kept, STATE} if self._kept else set())
             self._check_space()
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
@@ -137,7 +137,7 @@ class Output:
         with explained(path, self._hint()):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb", buffering=0) as raw:
-                file = OutputFile(raw, self._pool)  # type: ignore[arg-type]
+                file = OutputFile(raw, self._pool)
                 try:
                     yield file
                     os.fsync(raw.fileno())
@@ -181,9 +181,8 @@ class Output:
             raise HiraError(f"the output {target} is a file; name a folder.")
         if os.path.ismount(target):
             raise HiraError(f"the output {target} is a mount point, which cannot be replaced; name a folder within it.")
-        with explained(target):
-            if not self._overwrite and any(target.iterdir()):
-                raise HiraError(f"the output {target} is not empty; name another folder, or pass --overwrite.")
+        if not self._overwrite and any(target.iterdir()):
+            raise HiraError(f"the output {target} is not empty; name another folder, or pass --overwrite.")
 
     def _check_space(self) -> None:
         kept = sum(record.size for record in self._kept.values())
@@ -224,7 +223,7 @@ class Output:
 
     def _commit(self) -> None:
         """Complete the folder, have it on the disk, and put it in its place."""
-        self._clear(keep=self._finished)
+        self._clear(keep=set(self._finished))
         manifest = self.staging / MANIFEST
         manifest.write_bytes(to_json(self._finished, format=1))
         sync(manifest)
@@ -249,7 +248,7 @@ class Output:
         sync(self.target.parent)
         shutil.rmtree(self._old)
 
-    def _clear(self, keep: dict[str, FileRecord]) -> None:
+    def _clear(self, keep: set[str]) -> None:
         """Remove all files of the staging folder but some, and folders that are empty then."""
         for name in files_of(self.staging):
             if name not in keep:

@@ -41,6 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not folder.exists() or os.stat(folder).st_ino != os.fstat(descriptor).st_ino:
+                raise BlockingIOError  # it was another process's, which has just renamed it
         except BlockingIOError as error:
             raise HiraError(f"another process is writing to {folder}; wait for it, or end it.") from error
         yield
