@@ -73,7 +73,7 @@ def test_overwriting(tmp_path, monkeypatch, can_exchange):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(HiraError, match="not empty.*--overwrite"), Output(target):
+    with pytest.raises(HiraError, match=r"not empty.*--overwrite"), Output(target):
         pass
     with pytest.raises(RuntimeError, match="stop"), Output(target, overwrite=True) as out:
         out.write("new", b"new")
@@ -198,11 +198,11 @@ def test_a_full_disk(mounted):
     target = disk / "out"
     with Output(target) as out:
         out.write("old", b"old")
-    with pytest.raises(HiraError, match="No space left on device.*as it was.*same command"):
+    with pytest.raises(HiraError, match=r"No space left on device.*as it was.*same command"):
         fill(target)
     assert contents(target) == {"old": b"old"} and verify(target) == []
     assert sorted(os.listdir(disk / ".out.hira-staging")) == [STATE, "part0"]
-    with pytest.raises(HiraError, match="needs .* GB free"), Output(target, overwrite=True, required_bytes=4 << 20):
+    with pytest.raises(HiraError, match=r"needs .* GB free"), Output(target, overwrite=True, required_bytes=4 << 20):
         pass
 
 
@@ -243,7 +243,7 @@ for version in range(start, 10**6):
 """
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(tmp_path, seed):
     target = tmp_path / "out"
     with Output(target) as out:
