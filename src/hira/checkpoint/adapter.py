@@ -101,6 +101,7 @@ class Adapter:
     def check_finite(self) -> None:
         """Raise a HiraError that names the first tensor with a NaN or an infinity, reading all."""
         for name, tensor in self.tensors.items():
+            tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
             if not bool(tensor.isfinite().all()):
                 raise HiraError(
                     f"tensor {name!r} of the adapter {self.path} has a NaN or an infinity; its training diverged, or "
