@@ -46,12 +46,7 @@ def test_what_peft_writes(tmp_path):
         "linear": ("matrix", ((2, 8), (6, 2))),
         "conv": ("convolution", ((2, 2, 3, 3), (4, 2, 1, 1))),
         "attention": ("matrix", ((2, 8), (24, 2))),
-        "attention.base_layer.out_proj"
-        if "attention.base_layer.out_proj" in adapter.modules
-        else "attention.out_proj": (
-            "matrix",
-            ((2, 8), (8, 2)),
-        ),
+        "attention.base_layer.out_proj": ("matrix", ((2, 8), (8, 2))),
     }
     assert adapter.others == {f"head.{name}": f"{P}head.{name}" for name in ("weight", "bias")}
     assert adapter.config["peft_type"] == "HIRA"
