@@ -15,7 +15,7 @@ from typing import BinaryIO
 from hira.checkpoint.manifest import MANIFEST, FileRecord, check_relative, files_of, record_of, records_of
 from hira.checkpoint.manifest import records_to_json as to_json
 from hira.checkpoint.strict_json import read_object
-from hira.checkpoint.swap import exchange, explained, locked, sync
+from hira.checkpoint.swap import exchange, explained, locked, start_writing, sync
 from hira.errors import HiraError
 
 STATE = ".hira-state.json"
@@ -30,7 +30,7 @@ class OutputFile:
     def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
         self._file, self._pool = file, pool
         self._digest = hashlib.sha256()
-        self.size = 0
+        self.size = self._unsent = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes, all of them; they may change once this returns."""
@@ -43,6 +43,10 @@ class OutputFile:
         finally:
             hashed.result()
         self.size += len(view)
+        self._unsent += len(view)
+        if self._unsent >= _BLOCK:
+            start_writing(self._file.fileno())
+            self._unsent = 0
 
     def record(self) -> FileRecord:
         """The size and the hash of what was written so far."""

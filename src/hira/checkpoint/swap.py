@@ -61,6 +61,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def start_writing(descriptor: int) -> None:
+    """Have the system write a file's data to the disk from now on, not all of it when it is synchronised."""
+    if sys.platform.startswith("linux"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Exchange two folders of one file system in one step; False where the system cannot."""
     if not sys.platform.startswith("linux"):
