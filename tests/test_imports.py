@@ -29,6 +29,7 @@ LAYERS = [
     ["model"],
     ["mixed"],
     ["registration"],
+    ["checkpoint"],
     [""],
     ["bench"],
     ["__main__"],

@@ -1,0 +1,1 @@
+"""Adapters and models on disk: read with suspicion, written whole or not at all."""

@@ -1,0 +1,214 @@
+"""An adapter's folder: its configuration, and its tensors as pairs of factors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hira.checkpoint.header import Header, read_header, read_tensor
+from hira.checkpoint.links import inside, opened_folder
+from hira.checkpoint.strict_json import read_object
+from hira.errors import HiraError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_MAX_CONFIG = 10_000_000
+_PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B"}
+
+Kind = Literal["matrix", "embedding", "convolution"]
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read anew where it is asked for."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.header.entries:
+            raise KeyError(name)
+        return read_tensor(self.header, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.entries)
+
+    def __len__(self) -> int:
+        return len(self.header.entries)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one module, read anew at each access.
+
+    Args:
+        tensors: the adapter's tensors.
+        keys: the names of A and B among them.
+        shapes: their shapes: A (r, in) and B (out, r), with the kernel behind for a convolution.
+        kind: "embedding" and "convolution" are known by name and shape; a "matrix" may be that of a linear layer, of
+            attention, or of stacked experts, which only the base model tells.
+    """
+
+    tensors: Mapping[str, Tensor]
+    keys: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    kind: Kind
+
+    @property
+    def A(self) -> Tensor:
+        """The factor of inputs, (r, in, ...)."""
+        return self.tensors[self.keys[0]]
+
+    @property
+    def B(self) -> Tensor:
+        """The factor of outputs, (out, r, ...)."""
+        return self.tensors[self.keys[1]]
+
+    @property
+    def rank(self) -> int:
+        """The rank; for stacked experts the sum of theirs."""
+        return self.shapes[0][0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A HiRA adapter as it lies on a disk.
+
+    Args:
+        path: its folder's real path.
+        config: what `adapter_config.json` says.
+        tensors: its tensors by their names in the file.
+        modules: its factors by the module's name in the base model; where wrappers nest, with ``.base_layer`` behind it
+            for each wrapper around the one that is meant.
+        others: the names in the file of all other tensors, such as those of `modules_to_save`, by their names in the
+            base model.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    modules: dict[str, Factors]
+    others: dict[str, str]
+
+    def check_finite(self) -> None:
+        """Raise a HiraError that names the first tensor with a NaN or an infinity, reading all."""
+        for name, tensor in self.tensors.items():
+            tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+            if not bool(tensor.isfinite().all()):
+                raise HiraError(
+                    f"tensor {name!r} of the adapter {self.path} has a NaN or an infinity; its training diverged, or "
+                    "the file is damaged. Take an earlier checkpoint."
+                )
+
+
+def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Adapter:
+    """Read an adapter's folder.
+
+    Args:
+        path: the folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
+
+    Returns:
+        The adapter; names, dtypes and shapes are checked, values are not read.
+
+    Raises:
+        HiraError: a file is missing or damaged, it is no HiRA adapter, a tensor is not of HiRA's, A or B lacks the
+            other, or their ranks differ. The message names file and tensor.
+    """
+    root = opened_folder(path, "the adapter")
+    config = read_object(inside(root, CONFIG), _MAX_CONFIG)
+    if config.get("peft_type") != "HIRA":
+        raise HiraError(
+            f"{root / CONFIG} has peft_type {config.get('peft_type')!r}, where 'HIRA' was expected. Adapters of the "
+            "original repository say 'LORA': `hira convert --from original` makes them ours."
+        )
+    tensors, described = _read_tensors(root, allow_pickle)
+    return _sorted_out(root, config, tensors, described)
+
+
+def _read_tensors(
+    root: Path, allow_pickle: bool
+) -> tuple[Mapping[str, Tensor], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """The adapter's tensors, and the dtype and shape of each."""
+    if os.path.lexists(root / TENSORS):
+        header = read_header(inside(root, TENSORS))
+        return TensorFile(header), {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+    if not os.path.lexists(root / PICKLE):
+        raise HiraError(f"{root} has no {TENSORS}; pass the folder to which the adapter was saved.")
+    if not allow_pickle:
+        raise HiraError(
+            f"{root} has its tensors in {PICKLE} only, a pickle, which can run code when it is read. If you trust it, "
+            "pass --allow-pickle (allow_pickle=True)."
+        )
+    tensors = _unpickled(inside(root, PICKLE))
+    return tensors, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, of which PyTorch runs nothing but what makes tensors."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle may fail with any
+        raise HiraError(f"{path} cannot be read as a file of tensors: {error}") from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for name, tensor in found.items()
+    ):
+        raise HiraError(f"{path} must hold dense tensors by name, and nothing else.")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _sorted_out(
+    root: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> Adapter:
+    """The adapter with its tensors told apart by their names, and checked."""
+    modules: dict[str, Factors] = {}
+    others: dict[str, str] = {}
+    for key, (dtype, _) in described.items():
+        what = f"tensor {key!r} of the adapter {root}"
+        if not key.startswith(PREFIX):
+            raise HiraError(f"{what} must have a name that starts with {PREFIX!r}; PEFT did not write it.")
+        module, _, last = key[len(PREFIX) :].rpartition(".")
+        if "hira_" not in key and "lora_" not in key:
+            others[key[len(PREFIX) :]] = key
+            continue
+        if not module or "hira_" in module or last not in {*_PAIRS, *_PAIRS.values()}:
+            raise HiraError(f"{what} is not one of HiRA's, which end in {', '.join(_PAIRS)} or their B.")
+        if dtype not in FLOATS:
+            raise HiraError(f"{what} is of {dtype}; a factor must be of float32, bfloat16, float16 or float64.")
+        first = last[:-1] + "A"
+        pair = f"{PREFIX}{module}.{first}", f"{PREFIX}{module}.{_PAIRS[first]}"
+        absent = [name for name in pair if name not in described]
+        if absent:
+            raise HiraError(f"{what} lacks the other factor, {absent[0]!r}; the file is not complete.")
+        if module in modules and modules[module].keys != pair:
+            raise HiraError(f"{what}: its module has the factors of an embedding and others too.")
+        A, B = (described[name][1] for name in pair)
+        modules[module] = Factors(tensors, pair, (A, B), _kind(what, A, B, "embedding" in last))
+    if not modules:
+        raise HiraError(f"the adapter {root} has no factors of HiRA; there is nothing to apply.")
+    return Adapter(root, config, tensors, modules, others)
+
+
+def _kind(what: str, A: tuple[int, ...], B: tuple[int, ...], is_embedding: bool) -> Kind:
+    """What A and B are, after a check that their shapes go together."""
+    ok = len(A) == len(B) >= 2 and A[0] == B[1] and 0 not in A + B and all(size == 1 for size in B[2:])
+    if not ok or (is_embedding and len(A) != 2):
+        raise HiraError(
+            f"{what}: A is {A} and B is {B}, but (r, in) and (out, r) with one rank r > 0 were expected, or for a "
+            "convolution (r, in, *kernel) and (out, r, 1, ...)."
+        )
+    if is_embedding:
+        return "embedding"
+    return "matrix" if len(A) == 2 else "convolution"

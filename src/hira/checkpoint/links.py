@@ -1,0 +1,64 @@
+"""Names inside a folder: plain ones only, and links only where the hub's cache makes them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from hira.errors import HiraError
+
+
+def opened_folder(path: str | os.PathLike[str], what: str) -> Path:
+    """Return the real path of a folder that a user named; a HiraError, which calls it `what`, if there is none."""
+    try:
+        root = Path(path).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HiraError(f"{what} {str(path)!r} is not a folder here; download it first, and pass its path.") from error
+    if not root.is_dir():
+        raise HiraError(f"{what} {str(path)!r} is not a folder; pass the folder that holds the files.")
+    return root
+
+
+def check_basename(name: object, what: str) -> str:
+    """Return a file's name if it is a plain one, with no path in it; else raise a HiraError that says `what` it is."""
+    if not isinstance(name, str) or not name or name in {".", ".."} or len(name.encode(errors="replace")) > 255:
+        raise HiraError(f"{what} is {str(name)[:100]!r}, which is not a file's name; it was damaged or tampered with.")
+    if any(character in "/\\:" or ord(character) < 32 for character in name):
+        raise HiraError(f"{what} is {name!r}, but must be a plain name inside the folder, without a path.")
+    return name
+
+
+def inside(root: Path, name: str) -> Path:
+    """Return the real path of a file in a folder.
+
+    Args:
+        root: the folder's real path.
+        name: the file's name, or its path in the folder.
+
+    Returns:
+        The path with links followed, of a plain file in the folder, or among the blobs of the same repository where the
+        folder is a snapshot in the hub's cache.
+
+    Raises:
+        HiraError: there is no such file, it is not a plain one, or a link leads elsewhere.
+    """
+    path = root / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        raise HiraError(f"{path} is missing, or cannot be reached; get the folder's files anew.") from error
+    if not real.is_relative_to(root) and real.parent != _blobs(root):
+        raise HiraError(f"{path} is a link to {real}, outside its folder; put the file itself there.")
+    if not stat.S_ISREG(mode):
+        raise HiraError(f"{path} is not a plain file; remove it, or put a file there.")
+    return real
+
+
+def _blobs(root: Path) -> Path | None:
+    """Where the hub's cache keeps the files of a folder in `<repository>/snapshots/<revision>`."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots":
+            return folder.parent.parent / "blobs"
+    return None

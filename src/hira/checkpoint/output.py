@@ -1,0 +1,285 @@
+"""An output folder that is there whole or not at all, and that an interrupted run can go on with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from hira.checkpoint.manifest import MANIFEST, FileRecord, check_relative, files_of, record_of, records_of
+from hira.checkpoint.manifest import records_to_json as to_json
+from hira.checkpoint.strict_json import read_object
+from hira.checkpoint.swap import exchange, explained, locked, start_writing, sync
+from hira.errors import HiraError
+
+STATE = ".hira-state.json"
+_BLOCK = 16 << 20
+
+PathLike = str | os.PathLike[str]
+
+
+class OutputFile:
+    """A file that is being written and hashed; made by `Output.create`."""
+
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
+        self._digest = hashlib.sha256()
+        self.size = self._unsent = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes, all of them; they may change once this returns."""
+        view = memoryview(data).cast("B")
+        hashed = self._pool.submit(self._digest.update, view)  # beside the writing, which waits for the disk
+        try:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
+        finally:
+            hashed.result()
+        self.size += len(view)
+        self._unsent += len(view)
+        if self._unsent >= _BLOCK:
+            start_writing(self._file.fileno())
+            self._unsent = 0
+
+    def record(self) -> FileRecord:
+        """The size and the hash of what was written so far."""
+        return FileRecord(self.size, self._digest.hexdigest())
+
+
+class Output:
+    """Writes a folder beside its target, and puts it there, by one rename, when the `with` block ends well.
+
+    Files get the permissions of any new file. With them goes `hira-manifest.json`, which `manifest.verify` checks. When
+    the block fails, or the process is killed, the target is as it was; files that were finished for a `job` are kept,
+    and `resumed` finds them when the same job runs again.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace what a non-empty target holds, all of it, once the new folder is complete.
+        base: the folders that are read; none may be the target, hold it, or lie in it.
+        required_bytes: about how much will be written; less free space is an error at once.
+        job: what the run depends on, such as a hash of inputs and options; without it nothing is kept.
+
+    Raises:
+        HiraError: on entry, the target is not empty, is a file, a mount point or one of `base`, cannot be written to or
+            lacks the space, or another process writes to it; within, a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        target: PathLike,
+        overwrite: bool = False,
+        base: PathLike | Sequence[PathLike] = (),
+        required_bytes: int = 0,
+        job: str | None = None,
+    ) -> None:
+        self.target = Path(os.path.realpath(Path(target).expanduser()))
+        self.staging = self.target.parent / f".{self.target.name}.hira-staging"
+        self._old = self.target.parent / f".{self.target.name}.hira-old"
+        self._overwrite, self._required, self._job = overwrite, required_bytes, job
+        bases = [base] if isinstance(base, str | os.PathLike) else base
+        self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in bases]
+        self._finished: dict[str, FileRecord] = {}
+        self._kept: dict[str, FileRecord] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Output:
+        with ExitStack() as stack, explained(self.target):
+            self._check_target()
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_staging(self.staging))
+            self._recover()
+            self._kept = self._read_state()
+            self._clear(keep={*self._kept, STATE} if self._kept else set())
+            self._check_space()
+            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if kind is None:
+                with explained(self.target, f" What was written is in {self.staging}."):
+                    self._commit()
+            elif self._job is None or not self._finished:
+                shutil.rmtree(self.staging, ignore_errors=True)
+
+    def resumed(self, name: str) -> bool:
+        """Return whether an interrupted run of the same job finished a file; its hash is checked, and it is kept."""
+        record = self._kept.pop(name, None)
+        if record is None or record_of(self.staging / name) != record:
+            return False
+        self._finished[name] = record
+        return True
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[OutputFile]:
+        """Open a new file in the folder for writing; at the end of the block it is on the disk and counts as finished.
+
+        Args:
+            name: its path in the folder.
+
+        Yields:
+            The file.
+
+        Raises:
+            HiraError: the name leads out of the folder or is taken, or the file cannot be written; it is removed then.
+        """
+        if check_relative(name, "a file of the output") in {MANIFEST, STATE} or name in self._finished:
+            raise HiraError(f"{name} cannot be written to {self.target}: the name is taken.")
+        self._kept.pop(name, None)
+        path = self.staging / name
+        with explained(path, self._hint()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb", buffering=0) as raw:
+                file = OutputFile(raw, self._pool)
+                try:
+                    yield file
+                    os.fsync(raw.fileno())
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+            self._finished[name] = file.record()
+            self._write_state()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file; errors as of `create`."""
+        with self.create(name) as file:
+            file.write(data)
+
+    def copy(self, source: PathLike, name: str) -> None:
+        """Copy the content of a file; errors as of `create`."""
+        buffer = memoryview(bytearray(_BLOCK))
+        with self.create(name) as file, Path(source).open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                file.write(buffer[:count])
+
+    # Before
+
+    def _check_target(self) -> None:
+        """Refuse a target that must not be written to."""
+        target = self.target
+        for base in self._bases:
+            if (
+                base == target
+                or base in target.parents
+                or (target.exists() and base.exists() and target.samefile(base))
+            ):
+                raise HiraError(f"the output {target} is in {base}, which is read; name another folder.")
+            if target in base.parents:
+                raise HiraError(f"the output {target} holds {base}, which is read; name another folder.")
+        if target in {Path.cwd(), *Path.cwd().parents, Path.home(), *Path.home().parents}:
+            raise HiraError(f"the output {target} holds the folder that you are in or your home; name another folder.")
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise HiraError(f"the output {target} is a file; name a folder.")
+        if os.path.ismount(target):
+            raise HiraError(f"the output {target} is a mount point, which cannot be replaced; name a folder within it.")
+        if not self._overwrite and any(target.iterdir()):
+            raise HiraError(f"the output {target} is not empty; name another folder, or pass --overwrite.")
+
+    def _check_space(self) -> None:
+        kept = sum(record.size for record in self._kept.values())
+        free = shutil.disk_usage(self.staging).free
+        if free < self._required - kept:
+            if not self._kept:
+                shutil.rmtree(self.staging)
+            raise HiraError(
+                f"the output {self.target} needs {(self._required - kept) / 1e9:.3g} GB, but its disk has "
+                f"{free / 1e9:.3g} GB free; make room, or name a folder on another disk."
+            )
+
+    def _recover(self) -> None:
+        """Put back what a run that was killed between two renames moved aside, or remove it if it is replaced."""
+        if os.path.lexists(self._old) and not os.path.lexists(self.target):
+            self._old.rename(self.target)
+            self._check_target()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _read_state(self) -> dict[str, FileRecord]:
+        """The files that an interrupted run of this job finished, as far as sizes tell."""
+        path = self.staging / STATE
+        if self._job is None or not path.is_file():
+            return {}
+        content = read_object(path)
+        if content.get("job") != self._job:
+            return {}
+        files = set(files_of(self.staging))
+        return {
+            name: record
+            for name, record in records_of(content, path).items()
+            if name in files
+            and not (self.staging / name).is_symlink()
+            and (self.staging / name).stat().st_size == record.size
+        }
+
+    # After
+
+    def _commit(self) -> None:
+        """Complete the folder, have it on the disk, and put it in its place."""
+        self._clear(keep=set(self._finished))
+        manifest = self.staging / MANIFEST
+        manifest.write_bytes(to_json(self._finished, format=1))
+        sync(manifest)
+        for folder, _, _ in os.walk(self.staging, topdown=False):
+            sync(Path(folder))
+        self._put()
+        sync(self.target.parent)
+
+    def _put(self) -> None:
+        """Rename the folder to its target; what was there goes when the new one is in place."""
+        if not self.target.exists():
+            self.staging.rename(self.target)
+            return
+        if not self._overwrite and any(self.target.iterdir()):
+            raise HiraError(f"{self.target} was filled by another program meanwhile; the output is in {self.staging}.")
+        if exchange(self.staging, self.target):
+            sync(self.target.parent)
+            shutil.rmtree(self.staging)
+            return
+        self.target.rename(self._old)
+        self.staging.rename(self.target)
+        sync(self.target.parent)
+        shutil.rmtree(self._old)
+
+    def _clear(self, keep: set[str]) -> None:
+        """Remove all files of the staging folder but some, and folders that are empty then."""
+        for name in files_of(self.staging):
+            if name not in keep:
+                (self.staging / name).unlink()
+        for folder, _, _ in os.walk(self.staging, topdown=False):
+            if Path(folder) != self.staging and not os.listdir(folder):
+                os.rmdir(folder)
+
+    def _write_state(self) -> None:
+        if self._job is None:
+            return
+        path, new = self.staging / STATE, self.staging / f"{STATE}.new"
+        new.write_bytes(to_json(self._finished | self._kept, job=self._job))
+        sync(new)
+        new.replace(path)
+
+    def _hint(self) -> str:
+        return " The target is as it was." + (
+            " Finished files are kept: make room, and run the same command again." if self._job is not None else ""
+        )
+
+
+@contextmanager
+def locked_staging(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and keep other processes out of it."""
+    if folder.is_symlink():
+        raise HiraError(f"{folder} is a link, which hira did not make; remove it.")
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        yield

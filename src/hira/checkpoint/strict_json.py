@@ -1,0 +1,82 @@
+"""JSON from files that are not trusted: of limited size, one object, no key twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hira.errors import HiraError
+
+MAX_BYTES = 100_000_000  # safetensors' own limit for a header
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """Return the object that some bytes of JSON hold.
+
+    Args:
+        data: the bytes, UTF-8; JSON as by RFC 8259, that is without NaN and Infinity.
+        what: the file, for messages.
+
+    Returns:
+        The object. All its keys and strings can be written as UTF-8 again.
+
+    Raises:
+        HiraError: it is not UTF-8, not JSON or not an object, or has a key twice.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise HiraError(f"{what} is not UTF-8 (byte {error.start}), so it is damaged; get the file anew.") from error
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise HiraError(f"{what} has the key {_first_repeated(pairs)!r} twice; it was damaged or tampered with.")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
+        if "\\u" in text:  # only an escape can give half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except HiraError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise HiraError(f"{what} is not JSON ({error}), so it is damaged; get the file anew.") from error
+    if not isinstance(value, dict):
+        raise HiraError(f"{what} holds a {type(value).__name__} where an object was expected; get the file anew.")
+    return value
+
+
+def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object that a file of JSON holds.
+
+    Args:
+        path: the file.
+        limit: the most bytes that are read.
+
+    Returns:
+        The object, as from `parse_object`.
+
+    Raises:
+        HiraError: the file cannot be read, is larger than the limit, or is not as `parse_object` wants it.
+    """
+    try:
+        if not path.is_file():
+            raise HiraError(f"{path} is not a file; check the path.")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise HiraError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) > limit:
+        raise HiraError(f"{path} has more than {limit} bytes, which no honest file of its kind has; get it anew.")
+    return parse_object(data, str(path))
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    return next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]

@@ -1,0 +1,264 @@
+"""Output folders: the old one is intact or the new one is complete, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hira.checkpoint import output as output_module
+from hira.checkpoint import swap
+from hira.checkpoint.manifest import MANIFEST, verify
+from hira.checkpoint.output import STATE, Output
+from hira.errors import HiraError
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
+
+
+def test_a_folder_is_written_whole_and_verifies(tmp_path):
+    target = tmp_path / "new" / "out"
+    (tmp_path / "source").write_bytes(b"copied")
+    (tmp_path / "source").chmod(0o600)
+    with Output(target, required_bytes=10) as out:
+        with out.create("a.safetensors") as file:
+            file.write(b"one ")
+            file.write(memoryview(bytearray(b"two")))
+        out.copy(tmp_path / "source", "deep/er/b.txt")
+        out.write("empty", b"")
+        assert not target.exists()
+    assert contents(target) == {"a.safetensors": b"one two", "deep/er/b.txt": b"copied", "empty": b""}
+    assert verify(target) == []
+    assert os.listdir(target.parent) == ["out"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in target.rglob("*") if p.is_file()} == {0o666 & ~mask}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~mask
+    record = json.loads((target / MANIFEST).read_text())["files"]["empty"]
+    assert record == {"size": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+
+
+def test_verify_names_what_is_wrong(tmp_path):
+    with Output(tmp_path / "out") as out:
+        for name in ("changed", "cut", "gone", "same"):
+            out.write(name, b"12345678")
+    target = tmp_path / "out"
+    (target / "changed").write_bytes(b"12345679")
+    (target / "cut").write_bytes(b"1")
+    (target / "gone").unlink()
+    (target / "more").touch()
+    problems = verify(target)
+    assert [line.split(":")[0] for line in problems] == ["more", "changed", "cut", "gone"]
+    assert "SHA-256" in problems[1] and "1 bytes, not 8" in problems[2]
+    (target / MANIFEST).write_text('{"files": {"../x": {"size": 1, "sha256": ""}}}')
+    with pytest.raises(HiraError, match=r"'\.\.'"):
+        verify(target)
+    (target / MANIFEST).unlink()
+    with pytest.raises(HiraError, match="nothing to check it against"):
+        verify(target)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_overwriting(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(output_module, "exchange", lambda first, second: False)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(HiraError, match=r"not empty.*--overwrite"), Output(target):
+        pass
+    with pytest.raises(RuntimeError, match="stop"), Output(target, overwrite=True) as out:
+        out.write("new", b"new")
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == ["out"]
+    with Output(target, overwrite=True) as out:
+        out.write("new", b"new")
+        assert contents(target) == {"old": b"old"}
+    assert contents(target) == {"new": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_folders_exchange_here(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert swap.exchange(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path / "a") == ["b"]
+    assert not swap.exchange(tmp_path / "a", tmp_path / "absent")
+
+
+def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
+    """As a kill between the two renames leaves it where folders cannot be exchanged."""
+    (tmp_path / ".out.hira-old").mkdir()
+    (tmp_path / ".out.hira-old/old").touch()
+    with pytest.raises(HiraError, match="not empty"), Output(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path / "out") == ["old"]
+
+
+def test_targets_that_are_refused(tmp_path, monkeypatch):
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(base)
+    (tmp_path / "file").touch()
+    for target, message in {
+        base: "which is read",
+        base / "sub" / "out": "which is read",
+        tmp_path / "link": "which is read",
+        tmp_path / "models": "holds .*base, which is read",
+        tmp_path / "file": "is a file",
+        tmp_path / "file" / "out": "cannot be written",
+        "/": "holds",
+        os.getcwd(): "folder that you are in",
+        "/proc": "mount point",
+    }.items():
+        with pytest.raises(HiraError, match=message), Output(target, overwrite=True, base=[base]):
+            pass
+    for name in ("../x", "/x", "a/../../x", "", "a//b", "a\0b", MANIFEST, STATE):
+        with pytest.raises(HiraError), Output(tmp_path / "out") as out:
+            out.write(name, b"")
+    with (
+        pytest.raises(HiraError, match=r"needs 1e\+09 GB, but its disk has"),
+        Output(tmp_path / "o", required_bytes=10**18),
+    ):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "models"]
+
+
+def test_two_processes_do_not_meet(tmp_path):
+    with Output(tmp_path / "out") as out:
+        with pytest.raises(HiraError, match="another process"), Output(tmp_path / "out"):
+            pass
+        out.write("a", b"a")
+    assert verify(tmp_path / "out") == []
+
+
+def interrupted(target, job="job"):
+    with pytest.raises(RuntimeError), Output(target, job=job) as out:
+        out.write("a", b"aaaa")
+        out.write("b", b"bbbb")
+        with out.create("c") as file:
+            file.write(b"cc")
+            raise RuntimeError
+
+
+def test_an_interrupted_job_goes_on(tmp_path):
+    target = tmp_path / "out"
+    interrupted(target)
+    staged = tmp_path / ".out.hira-staging"
+    assert sorted(os.listdir(staged)) == [STATE, "a", "b"]
+    (staged / "b").write_bytes(b"bbbx")  # of the right size, but damaged
+    with Output(target, job="job") as out:
+        assert [out.resumed(name) for name in "abc"] == [True, False, False]
+        out.write("b", b"bbbb")
+        out.write("c", b"cccc")
+    assert contents(target) == {"a": b"aaaa", "b": b"bbbb", "c": b"cccc"}
+    assert verify(target) == []
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("job", ["other", None])
+def test_another_job_starts_anew(tmp_path, job):
+    interrupted(tmp_path / "out")
+    with Output(tmp_path / "out", job=job) as out:
+        assert not out.resumed("a")
+        out.write("z", b"")
+    assert contents(tmp_path / "out") == {"z": b""}
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system of its own, mounted with the options it is called with."""
+    made = []
+
+    def mount(options):
+        folder = tmp_path / f"mount{len(made)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(mounted):
+    disk = mounted("size=2m")
+    target = disk / "out"
+    with Output(target) as out:
+        out.write("old", b"old")
+    with pytest.raises(HiraError, match=r"No space left on device.*as it was.*same command"):
+        fill(target)
+    assert contents(target) == {"old": b"old"} and verify(target) == []
+    assert sorted(os.listdir(disk / ".out.hira-staging")) == [STATE, "part0"]
+    with pytest.raises(HiraError, match=r"needs .* GB free"), Output(target, overwrite=True, required_bytes=4 << 20):
+        pass
+
+
+def fill(target):
+    with Output(target, overwrite=True, job="job") as out:
+        for i in range(3):
+            out.write(f"part{i}", bytes(1 << 20))
+
+
+def test_a_full_disk_simulated(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(HiraError, match="cannot be written: No space left on device"), Output(tmp_path / "out") as out:
+        out.write("a", b"a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_read_only_target(mounted):
+    disk = mounted("ro")
+    with pytest.raises(HiraError, match="cannot be written: Read-only file system"), Output(disk / "out"):
+        pass
+
+
+WRITER = """
+import sys
+from hira.checkpoint.output import Output
+target, start = sys.argv[1], int(sys.argv[2])
+print("ready", flush=True)
+for version in range(start, 10**6):
+    with Output(target, overwrite=True, job=str(version)) as out:
+        for i in range(4):
+            if not out.resumed(f"part{i}"):
+                with out.create(f"part{i}") as file:
+                    for _ in range(4):
+                        file.write(str(version).encode() * 2**14)
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(tmp_path, seed):
+    target = tmp_path / "out"
+    with Output(target) as out:
+        out.write("part0", b"0")
+    rng = random.Random(seed)
+    for start in (1, 10_000):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, target, str(start)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.0, 0.25))
+        process.kill()
+        process.communicate()
+        assert verify(target) == []
+    with Output(target, overwrite=True) as out:
+        out.write("last", b"last")
+    assert contents(target) == {"last": b"last"} and verify(target) == []
+    assert os.listdir(tmp_path) == ["out"]
