@@ -25,7 +25,7 @@ LAYERS = [
     ["tuner_layer"],
     ["layer", "experts"],
     ["bnb", "attention"],
-    ["dispatch"],
+    ["dispatch", "checkpoint"],
     ["model"],
     ["mixed"],
     ["registration"],

@@ -1,0 +1,1 @@
+"""Adapters and models as files: what they hold, what they are turned into."""
