@@ -72,9 +72,7 @@ def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
     """
     other = [key for key in tensors if {"lora_R", "rand_R"} & set(key.split("."))]
     if other:
-        raise HiraError(
-            f"The adapter has {other[0]!r}: it was trained with another method than HiRA."
-        )
+        raise HiraError(f"The adapter has {other[0]!r}: it was trained with another method than HiRA.")
     rank = config.get("r_ab")
     if config.get("peft_type") != "LORA" or isinstance(rank, bool) or not isinstance(rank, int) or "r" in config:
         raise HiraError(
@@ -145,9 +143,7 @@ def to_lora(
     for module, pair in factors.items():
         W0 = weight_of(module)
         if W0 is None:
-            raise HiraError(
-                f"The base model has no weight for module {module!r}; LoRA needs it."
-            )
+            raise HiraError(f"The base model has no weight for module {module!r}; LoRA needs it.")
         laid_out = matrices(module, pair, W0, bool(config.get("fan_in_fan_out")))
         left, right = _truncated(module, laid_out, rank)
         squares = _error(laid_out, left, right)
