@@ -28,10 +28,13 @@ class Measure(NamedTuple):
 MEASURES = {
     "relative_norm": Measure("‖W₀⊙BA‖ / ‖W₀‖", "size of the update relative to W₀", lambda x: x.relative_norm, ".2e"),
     "update_effective_rank": Measure(
-        "eff. rank W₀⊙BA", "effective rank of the update", lambda x: x.update and x.update.effective_rank, ".1f"
+        "eff. rank W₀⊙BA",
+        "effective rank of the update",
+        lambda x: x.update.effective_rank if x.update else None,
+        ".1f",
     ),
     "update_stable_rank": Measure(
-        "stable rank W₀⊙BA", "stable rank of the update", lambda x: x.update and x.update.stable_rank, ".2f"
+        "stable rank W₀⊙BA", "stable rank of the update", lambda x: x.update.stable_rank if x.update else None, ".2f"
     ),
     "delta_effective_rank": Measure("eff. rank BA", "effective rank of BA", lambda x: x.delta.effective_rank, ".1f"),
     "delta_stable_rank": Measure("stable rank BA", "stable rank of BA", lambda x: x.delta.stable_rank, ".2f"),
@@ -58,7 +61,10 @@ def measures(report: Report) -> dict[str, Measure]:
 def written(measure: Measure, layer: LayerReport) -> str:
     """A layer's number as text, nothing where there is none."""
     value = measure.of(layer)
-    return "" if value is None else "0" if value == 0 else format(value, measure.form)
+    if value is None:
+        return ""
+    text = format(value, measure.form)
+    return "0" if value == 0 else text.removeprefix("-") if float(text) == 0 else text
 
 
 def place(name: str) -> tuple[str, str]:
