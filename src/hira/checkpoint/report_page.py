@@ -14,9 +14,11 @@ from hira.checkpoint.report_table import grid, measures, printable, written
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c2128; --faint: #5c6570; --line: #d5dae0; --empty: #f1f3f5;
-  --low: #eef6f3; --high: #0f5c49; --mark: #c2410c; --W0: #475569; --delta: #b45309; --update: #0f766e; }
+  --low: #eef6f3; --high: #0f5c49; --mark: #c2410c; --mid: var(--ink);
+  --W0: #475569; --delta: #b45309; --update: #0f766e; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181d; --ink: #e6e9ed; --faint: #9aa4af; --line: #343c45;
-  --empty: #1b2026; --low: #1d2a2a; --high: #5ee0bd; --mark: #fb923c; --W0: #a3b1c4; --delta: #fbbf24; --update: #2dd4bf; } }
+  --empty: #1b2026; --low: #1d2a2a; --high: #5ee0bd; --mark: #fb923c; --mid: var(--ground);
+  --W0: #a3b1c4; --delta: #fbbf24; --update: #2dd4bf; } }
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; }
@@ -28,12 +30,14 @@ td { padding: 0; background: var(--empty); border-radius: 3px; min-width: 4.6rem
 td button { display: block; width: 100%; border: 0; border-radius: 3px; padding: .3rem .4rem; cursor: pointer;
   font: inherit; font-variant-numeric: tabular-nums; color: var(--ink);
   background: color-mix(in oklab, var(--high) calc(var(--v) * 100%), var(--low)); }
-td button.strong { color: var(--ground); }
+td button.mid { color: var(--mid); } td button.strong { color: var(--ground); }
+thead td { background: none; }
 td button:focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 td button[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--mark); }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .6rem; }
-figcaption { font-weight: 600; } figcaption span { display: block; font-weight: 400; color: var(--faint); font-size: 13px; }
+figcaption { font-weight: 600; }
+figcaption span { display: block; font-weight: 400; color: var(--faint); font-size: 13px; }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; } svg line { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 1.5; } details td { padding: .15rem .5rem; text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -57,7 +61,7 @@ function colour() {
     const [text, share] = measure.cells[cell.dataset.layer];
     cell.textContent = text || '–';
     cell.style.setProperty('--v', share);
-    cell.classList.toggle('strong', share > .55);
+    cell.className = share > .72 ? 'strong' : share > .45 ? 'mid' : '';
     cell.setAttribute('aria-label', data.layers[cell.dataset.layer].name + ': ' + (text || 'unknown'));
   }
 }
@@ -65,23 +69,31 @@ function chart(title, spectrum, name) {
   const figure = make('figure', {}), caption = make('figcaption', {}, title);
   figure.append(caption);
   const values = spectrum ? spectrum.values.filter(value => value > spectrum.values[0] * 1e-8) : [];
-  caption.append(make('span', {}, !spectrum ? 'not known: inspect with the base model' : !values.length ? 'all zero'
-    : 'effective rank ' + spectrum.effective_rank.toPrecision(3) + ', stable rank ' + spectrum.stable_rank.toPrecision(3)));
+  let facts = 'not known: needs the base model, and a shorter side of at most 8192';
+  if (spectrum) facts = 'effective rank ' + spectrum.effective_rank.toPrecision(3)
+    + ', stable rank ' + spectrum.stable_rank.toPrecision(3);
+  caption.append(make('span', {}, facts));
   if (!values.length) return figure;
-  const W = 320, H = 200, L = 46, B = 24, logs = values.map(Math.log10);
-  const top = Math.ceil(logs[0] + 1e-9), low = Math.min(Math.floor(logs[logs.length - 1]), top - 1);
-  const x = i => L + (W - L - 8) * i / Math.max(1, values.length - 1), y = v => 8 + (H - B - 8) * (top - v) / (top - low);
-  const svg = make('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img',
-    'aria-label': `${values.length} singular values of ${title}, from ${values[0]} to ${values[values.length - 1]}`}, '', true);
-  const step = Math.ceil((top - low) / 5);
-  for (let power = low; power <= top; power += step) {
-    svg.append(make('line', {x1: L, x2: W - 8, y1: y(power), y2: y(power)}, '', true));
-    svg.append(make('text', {x: L - 5, y: y(power) + 4, 'text-anchor': 'end'}, '1e' + power, true));
+  const W = 320, H = 200, L = 46, B = 24, last = values.length - 1, ticks = [];
+  for (let power = Math.floor(Math.log10(values[last])); power <= Math.ceil(Math.log10(values[0])); power++)
+    for (const digit of [1, 2, 5]) ticks.push([Math.log10(digit) + power, digit + 'e' + power]);
+  const low = ticks.findLastIndex(tick => tick[0] <= Math.log10(values[last]) + 1e-9);
+  const high = Math.max(low + 1, ticks.findIndex(tick => tick[0] >= Math.log10(values[0]) - 1e-9));
+  const bottom = ticks[low][0], top = ticks[high][0];
+  const x = i => L + (W - L - 8) * i / Math.max(1, last);
+  const y = log => 8 + (H - B - 8) * (top - log) / (top - bottom);
+  const label = `${values.length} singular values of ${title}, from ${values[0]} to ${values[last]}`;
+  const svg = make('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': label}, '', true);
+  const put = (tag, attributes, text) => svg.append(make(tag, attributes, text, true));
+  for (let k = high; k >= low; k -= Math.ceil((high - low) / 6)) {
+    put('line', {x1: L, x2: W - 8, y1: y(ticks[k][0]), y2: y(ticks[k][0])});
+    put('text', {x: L - 5, y: y(ticks[k][0]) + 4, 'text-anchor': 'end'}, ticks[k][1]);
   }
-  for (const i of new Set([0, Math.floor((values.length - 1) / 2), values.length - 1]))
-    svg.append(make('text', {x: x(i), y: H - 6, 'text-anchor': i ? i == values.length - 1 ? 'end' : 'middle' : 'start'}, i + 1, true));
-  svg.append(make('polyline', {points: logs.map((v, i) => x(i) + ',' + y(v)).join(' '), style: `stroke: var(--${name})`}, '', true));
-  logs.forEach((v, i) => svg.append(make('circle', {cx: x(i), cy: y(v), r: 2, style: `fill: var(--${name})`}, '', true)));
+  for (const i of new Set([0, Math.floor(last / 2), last]))
+    put('text', {x: x(i), y: H - 6, 'text-anchor': i == last && i ? 'end' : i ? 'middle' : 'start'}, i + 1);
+  const points = values.map((value, i) => [x(i), y(Math.log10(value))]);
+  put('polyline', {points: points.join(' '), style: `stroke: var(--${name})`});
+  for (const [cx, cy] of points) put('circle', {cx, cy, r: 2, style: `fill: var(--${name})`});
   figure.append(svg);
   return figure;
 }
@@ -112,7 +124,7 @@ show(cells[0].dataset.layer);
 
 
 def page(report: Report, title: str = "adapter") -> str:
-    """Return the page: a heat map of layers and modules, and for a chosen one the singular values of W0, BA and W0 * BA.
+    """Return the page: a heat map of layers and modules, and for a chosen one the singular values of all three matrices.
 
     The map is there without scripts too. No request leaves the page, and its policy lets no script run but its own,
     whatever the names in the adapter are.
@@ -131,9 +143,8 @@ def page(report: Report, title: str = "adapter") -> str:
     options = "".join(
         f'<option value="{key}">{escape(measure["meaning"])}</option>' for key, measure in data["measures"].items()
     )
-    overall = (
-        "" if report.relative_norm is None else f", the update has {report.relative_norm:.2e} of W₀’s norm overall"
-    )
+    norm = report.relative_norm
+    overall = "" if norm is None else f", the update has {norm:.2e} of W₀’s norm overall"
     shown = data["measures"][first]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -178,9 +189,14 @@ def _data(report: Report) -> dict[str, Any]:
     for layer, content in zip(report.layers, report.to_dict()["layers"], strict=True):
         shape = " × ".join(map(str, layer.shape))
         facts = f"{layer.kind}, {shape}, rank {layer.rank}, {layer.near_minus_one:,} entries with BA near −1"
-        spectra = {key: content[key] for key in ("weight", "delta", "update")}
+        spectra = {key: _rounded(content[key]) for key in ("weight", "delta", "update")}
         found["layers"].append({"name": printable(layer.name), "facts": facts, **spectra})
     return found
+
+
+def _rounded(spectrum: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Values with the digits that a picture shows."""
+    return spectrum and {**spectrum, "values": [float(f"{value:.4g}") for value in spectrum["values"]]}
 
 
 def _embedded(data: dict[str, Any]) -> str:
@@ -204,11 +220,9 @@ def _map(report: Report, data: dict[str, Any], first: str) -> str:
 
 def _cell(data: dict[str, Any], first: str, index: int) -> str:
     text, share = data["measures"][first]["cells"][index]
-    strong = ' class="strong"' if share > 0.55 else ""
+    style = f'class="{"strong" if share > 0.72 else "mid" if share > 0.45 else ""}" style="--v:{share}"'
     label = escape(f"{data['layers'][index]['name']}: {text or 'unknown'}")
-    return (
-        f'<button type="button"{strong} data-layer="{index}" aria-label="{label}" style="--v:{share}">{text}</button>'
-    )
+    return f'<button type="button" {style} data-layer="{index}" aria-label="{label}">{text or "–"}</button>'
 
 
 def _numbers(report: Report) -> str:
