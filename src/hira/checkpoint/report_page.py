@@ -124,7 +124,7 @@ show(cells[0].dataset.layer);
 
 
 def page(report: Report, title: str = "adapter") -> str:
-    """Return the page: a heat map of layers and modules, and for a chosen one the singular values of all three matrices.
+    """Return the page: a heat map of layers and modules, and for a chosen one singular values of all three matrices.
 
     The map is there without scripts too. No request leaves the page, and its policy lets no script run but its own,
     whatever the names in the adapter are.
