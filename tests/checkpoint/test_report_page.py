@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,3 +106,77 @@ def test_a_browser_without_the_base(tmp_path):
     live = content[content.index('id="live"') : content.index("<details>")]
     assert live.count("<svg") == 1
     assert live.count("not known") == 2
+
+
+class Browser:
+    """A page in a browser, spoken to over a pair of pipes, which the browser has as descriptors 3 and 4."""
+
+    def __init__(self, path: Path) -> None:
+        (their_in, self._out), (self._in, their_out) = os.pipe(), os.pipe()
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        shell = f'exec "$@" 3<&{their_in} 4>&{their_out}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, "bash", *command, f"--user-data-dir={path.parent / 'profile'}"],
+            pass_fds=(their_in, their_out),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(their_in)
+        os.close(their_out)
+        self._replies, self._count, self._session = os.fdopen(self._in, "rb"), 0, {}
+        target = self.send("Target.createTarget", url=path.as_uri())["targetId"]
+        session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = {"sessionId": session}
+        while self.run("document.readyState") != "complete" or not self.run("Boolean(document.querySelector('#map'))"):
+            pass
+
+    def send(self, method: str, **params):
+        """Call a method of the browser and return its result; events are passed over."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params, **self._session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            reply, byte = b"", b""
+            while byte != b"\0":
+                reply, byte = reply + byte, self._replies.read(1)
+                assert byte, "the browser has gone"
+            found = json.loads(reply)
+            if found.get("id") == self._count:
+                return found["result"]
+
+    def run(self, script: str):
+        """The value of an expression in the page, which the page's policy does not hinder."""
+        return self.send("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
+        self.send("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        self._replies.close()
+        os.close(self._out)
+
+
+@needs_browser
+def test_clicks_keys_and_the_choice_of_a_measure(tmp_path):
+    report = example()
+    write_page(report, tmp_path / "a.html")
+    browser = Browser(tmp_path / "a.html")
+    try:
+        chosen = "document.getElementById('chosen').textContent"
+        browser.run("document.querySelector('[data-layer=\"5\"]').click()")
+        assert browser.run(chosen) == report.layers[5].name
+        browser.run("document.querySelector('#map').rows[1].cells[1].firstChild.focus()")
+        browser.press("ArrowDown", 40)
+        browser.press("ArrowRight", 39)
+        browser.press("Enter", 13, "\r")
+        assert browser.run(chosen) == "model.layers.1.mlp.up"
+        assert browser.run("document.activeElement.getAttribute('aria-pressed')") == "true"
+        browser.run("choice.value = 'largest_delta'; choice.dispatchEvent(new Event('change'))")
+        shown = browser.run("document.querySelector('[data-layer=\"5\"]').textContent")
+        assert shown == f"{report.layers[5].largest_delta:.2e}"
+        assert "max |BA|" in browser.run("document.getElementById('meaning').textContent")
+    finally:
+        browser.close()

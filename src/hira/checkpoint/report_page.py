@@ -25,12 +25,16 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow
 p { color: var(--faint); margin: .4rem 0; } select { font: inherit; padding: .2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: separate; border-spacing: 2px; font-size: 13px; }
 th { font-weight: 500; text-align: left; color: var(--faint); padding: .15rem .5rem; max-width: 18rem;
-  overflow-wrap: anywhere; } thead th { vertical-align: bottom; text-align: center; }
+  overflow-wrap: break-word; }
+tbody th { position: sticky; left: 0; background: var(--ground); }
+thead th { vertical-align: bottom; text-align: center; }
 td { padding: 0; background: var(--empty); border-radius: 3px; min-width: 4.6rem; text-align: center; }
-td button { display: block; width: 100%; border: 0; border-radius: 3px; padding: .3rem .4rem; cursor: pointer;
+td button { display: block; width: 100%; border: 0; border-radius: 3px; padding: .3rem .4rem;
+  cursor: pointer;
   font: inherit; font-variant-numeric: tabular-nums; color: var(--ink);
   background: color-mix(in oklab, var(--high) calc(var(--v) * 100%), var(--low)); }
-td button.mid { color: var(--mid); } td button.strong { color: var(--ground); }
+td button.mid { color: var(--mid); }
+td button.strong { color: var(--ground); }
 thead td { background: none; }
 td button:focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 td button[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--mark); }
@@ -61,7 +65,7 @@ function colour() {
     const [text, share] = measure.cells[cell.dataset.layer];
     cell.textContent = text || '–';
     cell.style.setProperty('--v', share);
-    cell.className = share > .72 ? 'strong' : share > .45 ? 'mid' : '';
+    cell.className = share > .72 ? 'strong' : share > .52 ? 'mid' : '';
     cell.setAttribute('aria-label', data.layers[cell.dataset.layer].name + ': ' + (text || 'unknown'));
   }
 }
@@ -220,7 +224,7 @@ def _map(report: Report, data: dict[str, Any], first: str) -> str:
 
 def _cell(data: dict[str, Any], first: str, index: int) -> str:
     text, share = data["measures"][first]["cells"][index]
-    style = f'class="{"strong" if share > 0.72 else "mid" if share > 0.45 else ""}" style="--v:{share}"'
+    style = f'class="{"strong" if share > 0.72 else "mid" if share > 0.52 else ""}" style="--v:{share}"'
     label = escape(f"{data['layers'][index]['name']}: {text or 'unknown'}")
     return f'<button type="button" {style} data-layer="{index}" aria-label="{label}">{text or "–"}</button>'
 

@@ -135,11 +135,10 @@ def plot(report: Report, path: Path) -> None:
     size = (min(40.0, 3 + 0.8 * len(columns)), min(80.0, 2.5 + 0.3 * len(rows)))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(columns)), [_short(label) for label in columns], fontsize=8)
+    axes.set_xticks(range(len(columns)), [_short(label) for label in columns], fontsize=8, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), [_short(label) for label in rows], fontsize=8)
     for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         text.set_parse_math(False)  # a name may hold a $
-    axes.tick_params(axis="x", rotation=45)
     figure.colorbar(image, label=f"{measure.meaning}, {measure.title}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
