@@ -1,1 +1,1 @@
-"""Adapters and models on disk: read with suspicion, written whole or not at all."""
+"""Adapters and models on disk: read with suspicion, written whole or not at all; what they hold, and conversions."""

@@ -130,17 +130,13 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
             f"{root / CONFIG} has peft_type {config.get('peft_type')!r}, where 'HIRA' was expected. Adapters of the "
             "original repository say 'LORA': `hira convert --from original` makes them ours."
         )
-    tensors, described = _read_tensors(root, allow_pickle)
-    return _sorted_out(root, config, tensors, described)
+    tensors = _read_tensors(root, allow_pickle)
+    return Adapter(root, config, tensors, *sort_tensors(f"the adapter {root}", tensors))
 
 
-def _read_tensors(
-    root: Path, allow_pickle: bool
-) -> tuple[Mapping[str, Tensor], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """The adapter's tensors, and the dtype and shape of each."""
+def _read_tensors(root: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
     if os.path.lexists(root / TENSORS):
-        header = read_header(inside(root, TENSORS))
-        return TensorFile(header), {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+        return TensorFile(read_header(inside(root, TENSORS)))
     if not os.path.lexists(root / PICKLE):
         raise HiraError(f"{root} has no {TENSORS}; pass the folder to which the adapter was saved.")
     if not allow_pickle:
@@ -148,8 +144,7 @@ def _read_tensors(
             f"{root} has its tensors in {PICKLE} only, a pickle, which can run code when it is read. If you trust it, "
             "pass --allow-pickle (allow_pickle=True)."
         )
-    tensors = _unpickled(inside(root, PICKLE))
-    return tensors, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return _unpickled(inside(root, PICKLE))
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -166,17 +161,24 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def _sorted_out(
-    root: Path,
-    config: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> Adapter:
-    """The adapter with its tensors told apart by their names, and checked."""
+def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, str]]:
+    """Tell an adapter's tensors apart by their names.
+
+    Args:
+        where: whose they are, for messages.
+        tensors: the tensors by the names that PEFT gives them in a file.
+
+    Returns:
+        `Adapter.modules` and `Adapter.others`. Dtypes and shapes are checked; the values in a file are not read.
+
+    Raises:
+        HiraError: a tensor is not of HiRA's, A or B lacks the other, or their ranks differ.
+    """
+    described = _described(tensors)
     modules: dict[str, Factors] = {}
     others: dict[str, str] = {}
     for key, (dtype, _) in described.items():
-        what = f"tensor {key!r} of the adapter {root}"
+        what = f"tensor {key!r} of {where}"
         if not key.startswith(PREFIX):
             raise HiraError(f"{what} must have a name that starts with {PREFIX!r}; PEFT did not write it.")
         module, _, last = key[len(PREFIX) :].rpartition(".")
@@ -197,8 +199,15 @@ def _sorted_out(
         A, B = (described[name][1] for name in pair)
         modules[module] = Factors(tensors, pair, (A, B), _kind(what, A, B, "embedding" in last))
     if not modules:
-        raise HiraError(f"the adapter {root} has no factors of HiRA; there is nothing to apply.")
-    return Adapter(root, config, tensors, modules, others)
+        raise HiraError(f"{where} has no factors of HiRA; there is nothing to apply.")
+    return modules, others
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of each tensor, of which those in a file are not read."""
+    if isinstance(tensors, TensorFile):
+        return {name: (entry.dtype, entry.shape) for name, entry in tensors.header.entries.items()}
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _kind(what: str, A: tuple[int, ...], B: tuple[int, ...], is_embedding: bool) -> Kind:
