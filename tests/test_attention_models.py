@@ -380,3 +380,12 @@ def test_peft_alone_refuses_attention():
     """What this file is about is not in PEFT's HiRA."""
     with stock_peft(), pytest.raises(ValueError, match="is not supported"):
         get_peft_model(Attending(), peft.HiraConfig(r=2, target_modules=["attn"]))
+
+
+def test_weights_that_zero_3_has_partitioned_are_refused():
+    model, layer, _ = adapted()
+    layer.get_base_layer().in_proj_weight.ds_id = 0  # by which DeepSpeed knows its parameters
+    with pytest.raises(
+        HiraError, match=r"^The in_proj_weight of MultiheadAttention is spread over processes by ZeRO-3"
+    ):
+        model(*self_attention(*FIRST))

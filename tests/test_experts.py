@@ -472,3 +472,10 @@ def test_the_merged_weight_is_that_of_one_expert_at_a_time():
     assert all(
         torch.equal(found[e], modulate.form(wrapper.storage.stored[e], A[e], B[e], torch.float32)) for e in range(E)
     )
+
+
+def test_a_parameter_that_zero_3_has_partitioned_is_refused():
+    model = adapt(model_of("mixtral"))
+    wrapper_of(model).get_base_layer().down_proj.ds_id = 0  # by which DeepSpeed knows its parameters
+    with pytest.raises(HiraError, match=r"^The down_proj of MixtralExperts is spread over processes by"):
+        model(torch.arange(6).view(1, 6))

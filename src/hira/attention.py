@@ -15,6 +15,7 @@ from hira.errors import HiraError
 from hira.layer import HiraLayer, Linear
 from hira.ops.modulate import product_dtype
 from hira.ops.recompute import Formed, formed, recomputed
+from hira.sharding import check_is_here
 from hira.stand_in import stand_in
 from hira.weights import Storage
 
@@ -116,13 +117,15 @@ class MultiheadAttention(HiraLayer):
             What `nn.MultiheadAttention.forward` returns.
 
         Raises:
-            HiraError: `adapter_names` asks for other adapters than the active ones.
+            HiraError: `adapter_names` asks for other adapters than the active ones, or the weights are offloaded or
+                spread over processes where they cannot be followed.
         """
         if adapter_names is not None and not self.disable_adapters:
             self._check_names(adapter_names)
         query = args[0] if args else kwargs["query"]
         base: Any = self.base_layer
         check_not_offloaded(base)
+        check_is_here(base, "in_proj_weight")
         output = base.out_proj
         in_proj = _form(self, query)
         if "forward" in base.__dict__:  # put there by accelerate, it runs the module itself

@@ -15,6 +15,7 @@ from hira.errors import HiraError
 from hira.lazy_weight import Expert, LazyWeight
 from hira.offload import Away
 from hira.ops.linear import Dequantize
+from hira.sharding import check_is_here
 from hira.stand_in import stand_in
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage
@@ -163,7 +164,8 @@ class ParamWrapper(HiraLayer):
             adapter_names: in a mixed batch, the adapter of each row; all have to be the active ones.
 
         Raises:
-            HiraError: `adapter_names` asks for other adapters: the module gets tokens, not rows.
+            HiraError: `adapter_names` asks for other adapters: the module gets tokens, not rows; or the parameter is
+                spread over processes where it cannot be followed.
         """
         wrappers = list(self._wrappers())
         if adapter_names is not None and not self.disable_adapters:
@@ -196,6 +198,7 @@ class ParamWrapper(HiraLayer):
     def _weight(self) -> Tensor:
         """What the module is to find in the place of the parameter."""
         base, storage = self.get_base_layer(), self.storage
+        check_is_here(base, self.parameter_name)
         factors = self._factors(self._present(self.active_adapters))
         weight = self._lazy(storage.stored, *factors, offload.away(base, self.parameter_name))
         config = getattr(base, "config", None)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hira.errors import HiraError
+
 _FSDP2: Any = ()
 _DTENSOR: Any = ()
 if torch.distributed.is_available():
@@ -45,6 +47,20 @@ def is_laid_out_by_call(layer: nn.Module, name: str = "weight") -> bool:
 def only_gathers(hook: Any) -> bool:
     """Whether a hook on a layer is one of ZeRO-3, which gathers the weight for whoever reads it in a forward."""
     return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
+
+
+def check_is_here(layer: nn.Module, name: str) -> None:
+    """Refuse a parameter that is spread over processes, for a layer that lets its module's own forward multiply by it.
+
+    What stands in for the parameter there is not what hooks gather, in backward least of all.
+    """
+    parameter = _parameter(layer, name)
+    if hasattr(parameter, "ds_id") or is_dtensor(parameter):
+        raise HiraError(
+            f"The {name} of {type(layer).__name__} is spread over processes by {spread(layer, name)}. HiRA adapts "
+            "attention and single parameters with FSDP alone, in a group with their block. Shard the model so, or "
+            "leave them out of target_modules and target_parameters."
+        )
 
 
 def _parameter(layer: nn.Module, name: str) -> Any:
