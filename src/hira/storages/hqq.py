@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hira.ops.linear import Dequantize
@@ -29,11 +28,6 @@ class Hqq(Storage):
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return (type(self.layer).forward,)  # that of the backend in use
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        dtype: torch.dtype = self.layer.compute_dtype
-        return dtype
 
     @property
     def dequantize(self) -> Dequantize:
