@@ -12,9 +12,10 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from hira import bench, cli
+from hira import bench
 from hira.bench import measure, methods, peak
 from hira.bench.cases import Case
+from hira_cli.app import app
 
 
 def case_of(mode="train", **options):
@@ -134,7 +135,7 @@ def test_the_cases_cover_what_is_claimed():
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda options: [case_of()])
     out, picture = tmp_path / "times.json", tmp_path / "times.png"
-    result = CliRunner().invoke(cli.app, ["bench", "--quick", "--out", str(out), "--plot", str(picture)])
+    result = CliRunner().invoke(app, ["bench", "--quick", "--out", str(out), "--plot", str(picture)])
     assert result.exit_code == 0, result.output
     assert "of LoRA's" in result.output
     assert len(json.loads(out.read_text())["records"]) == len(methods.METHODS)
@@ -155,6 +156,6 @@ def test_the_command(tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments(arguments, message):
-    result = CliRunner().invoke(cli.app, ["bench", *arguments])
+    result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

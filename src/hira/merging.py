@@ -32,6 +32,11 @@ class MergeableLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._record: _Record | None = None
 
+    def get_base_layer(self) -> Any:
+        """The layer that is adapted, inside other tuners' layers too; PEFT's own walk is slow for every forward."""
+        base: Any = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+
     @property
     def storage(self) -> Storage:
         """How the base weight is stored."""

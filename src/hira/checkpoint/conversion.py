@@ -15,7 +15,7 @@ from hira.checkpoint.factors import Factors, Matrices, matrices, pairs
 from hira.checkpoint.inspection import MAX_DIM, check_adapter
 from hira.errors import HiraError
 
-Adapter = tuple[dict[str, Any], dict[str, Tensor]]
+Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 # what both methods know, and mean the same by
 _SHARED = (
@@ -53,7 +53,7 @@ class LoraReport:
         return asdict(self)
 
 
-def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
     """Turn an adapter of the paper's repository into one of PEFT's format.
 
     Its A and B are HiRA's under LoRA's names; its alpha, scale and dropout were never applied.
@@ -161,7 +161,7 @@ def to_lora(
     return {**_shared(config), **settings}, converted, LoraReport(rank, tuple(layers), overall, statement)
 
 
-def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
     """Write an adapter so that PEFT's own HiRA loads it and computes the same.
 
     `weight_gradient` goes, since what an adapter computes does not depend on it. PEFT up to 0.21 ignores `rank_pattern`

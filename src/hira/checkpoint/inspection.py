@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hira.checkpoint.adapter import Kind
+from hira.checkpoint.adapter import Kind, read_adapter
+from hira.checkpoint.base_weights import weights_of
 from hira.checkpoint.factors import Factors, Matrices, check_shapes, matrices, pairs
 from hira.errors import HiraError
 
@@ -148,6 +150,32 @@ def inspect(
 
 
 @torch.no_grad()
+def inspect_adapter(
+    adapter: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    spectra: bool = True,
+    allow_pickle: bool = False,
+) -> Report:
+    """Look at all layers of an adapter in a folder.
+
+    Args:
+        adapter: the folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        base: the folder of the model that it was trained on; without it the report has what BA tells.
+        spectra: whether to find the singular values of W0 and of ``W0 * BA``, which takes most of the time.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
+
+    Returns:
+        The report.
+
+    Raises:
+        HiraError: a file is missing or damaged, the two do not belong together, or a number is not finite.
+    """
+    found = read_adapter(adapter, allow_pickle)
+    weight_of = None if base is None else weights_of(base, found.modules)
+    return inspect(found.config, found.tensors, weight_of, spectra=spectra)
+
+
 def inspect_layer(
     W0: Tensor | None,
     A: Tensor,
