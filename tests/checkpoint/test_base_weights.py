@@ -63,7 +63,8 @@ def test_the_command(folders, tmp_path):
     assert page.read_text().startswith("<!DOCTYPE html>")
     done = subprocess.run([HIRA, "inspect", base], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("hira: ")
+    # other libraries may have written before
+    assert done.stderr.splitlines()[-1].startswith("hira: ")
     assert "adapter_config.json" in done.stderr
     done = subprocess.run([HIRA, "verify", adapter], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
