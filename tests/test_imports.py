@@ -25,7 +25,7 @@ LAYERS = [
     ["tuner_layer"],
     ["layer", "experts"],
     ["bnb", "attention"],
-    ["dispatch", "checkpoints"],
+    ["dispatch", "state_dicts"],
     ["model"],
     ["mixed"],
     ["registration"],

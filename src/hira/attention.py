@@ -175,11 +175,10 @@ def check_not_offloaded(base: nn.Module) -> None:
 
 
 def _excludes(config: Any, key: str) -> bool:
-    """Whether a module is left out, or trained in full instead."""
+    """Whether a configuration leaves a module out."""
     if isinstance(config.exclude_modules, str):
         return re.fullmatch(config.exclude_modules, key) is not None
-    names = [*(config.exclude_modules or ()), *(config.modules_to_save or ())]
-    return any(f".{key}".endswith(f".{name}") for name in names)
+    return any(f".{key}".endswith(f".{name}") for name in config.exclude_modules or ())
 
 
 def _form(layer: HiraLayer, query: Tensor) -> Formed | None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from hira import offload
 from hira.attention import check_not_offloaded
-from hira.checkpoints import check_whole, fit_to_checkpoint, unwrapped
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
 from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
+from hira.state_dicts import check_whole, fit_to_checkpoint, unwrapped
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE
 
@@ -237,8 +237,8 @@ class HiraModel(BaseTuner):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As of any module; offloaded embeddings are brought in if they are targeted, as PEFT then saves them too."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        targets = [name for config in self.peft_config.values() for name in config.target_modules or ()]
-        if any(name in targets for name in EMBEDDING_LAYER_NAMES):
+        targets = [config.target_modules or () for config in self.peft_config.values()]  # names, or a pattern
+        if any(name in names for name in EMBEDDING_LAYER_NAMES for names in targets):
             for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
                 if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
                     offload.bring_in(state, module, f"{name}.")
