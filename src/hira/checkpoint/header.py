@@ -185,13 +185,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return _checked(path, parse_object(text, f"the header of {path}"), 8 + length, size)
 
 
-def read_tensor(header: Header, name: str, rows: slice | None = None) -> Tensor:
+def read_tensor(header: Header, name: str, rows: slice | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
     """Return a tensor, or some of its rows, reading no other bytes.
 
     Args:
         header: the file's header.
         name: the tensor's name.
         rows: which indices of the first dimension, in steps of one; all by default.
+        shape: another shape of as many entries to see the tensor in; the entry's by default.
 
     Returns:
         The tensor, in memory of its own: (rows, ...) of the entry's dtype.
@@ -201,7 +202,8 @@ def read_tensor(header: Header, name: str, rows: slice | None = None) -> Tensor:
             read.
     """
     entry = header.entry(name)
-    dtype, shape, begin, end = entry.dtype, entry.shape, entry.begin, entry.end
+    dtype, begin, end = entry.dtype, entry.begin, entry.end
+    shape = entry.shape if shape is None else shape
     if rows is not None:
         if not shape:
             raise HiraError(f"tensor {name!r} of {header.path} is a scalar and has no rows.")

@@ -83,7 +83,7 @@ class Output:
         self.target = Path(os.path.realpath(Path(target).expanduser()))
         self.staging = self.target.parent / f".{self.target.name}.hira-staging"
         self._old = self.target.parent / f".{self.target.name}.hira-old"
-        self._overwrite, self._required, self._job = overwrite, required_bytes, job
+        self._overwrite, self.required_bytes, self._job = overwrite, required_bytes, job
         bases = [base] if isinstance(base, str | os.PathLike) else base
         self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in bases]
         self._finished: dict[str, FileRecord] = {}
@@ -92,7 +92,7 @@ class Output:
 
     def __enter__(self) -> Output:
         with ExitStack() as stack, explained(self.target):
-            self._check_target()
+            self.check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_staging(self.staging))
             self._recover()
@@ -165,8 +165,14 @@ class Output:
 
     # Before
 
-    def _check_target(self) -> None:
-        """Refuse a target that must not be written to."""
+    def free_bytes(self) -> int:
+        """What is free on the disk of the target."""
+        there = next(folder for folder in (self.target, *self.target.parents) if folder.is_dir())
+        with explained(self.target):
+            return shutil.disk_usage(there).free
+
+    def check_target(self) -> None:
+        """Raise a HiraError if the target must not be written to."""
         target = self.target
         for base in self._bases:
             if (
@@ -191,11 +197,11 @@ class Output:
     def _check_space(self) -> None:
         kept = sum(record.size for record in self._kept.values())
         free = shutil.disk_usage(self.staging).free
-        if free < self._required - kept:
+        if free < self.required_bytes - kept:
             if not self._kept:
                 shutil.rmtree(self.staging)
             raise HiraError(
-                f"the output {self.target} needs {(self._required - kept) / 1e9:.3g} GB, but its disk has "
+                f"the output {self.target} needs {(self.required_bytes - kept) / 1e9:.3g} GB, but its disk has "
                 f"{free / 1e9:.3g} GB free; make room, or name a folder on another disk."
             )
 
@@ -203,7 +209,7 @@ class Output:
         """Put back what a run that was killed between two renames moved aside, or remove it if it is replaced."""
         if os.path.lexists(self._old) and not os.path.lexists(self.target):
             self._old.rename(self.target)
-            self._check_target()
+            self.check_target()
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _read_state(self) -> dict[str, FileRecord]:

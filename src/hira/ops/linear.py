@@ -134,7 +134,7 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
         by = modulation(W0, A, B, x.dtype, update_only=update_only)
         workspace = Workspace(W0, x.dtype)
         for rows in row_blocks(W0):
-            W = block(W0, by, workspace, rows)
+            W = block(W0[rows], by, workspace, rows)
             if paths.transposed(x):
                 y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
             elif bias is None:
@@ -151,7 +151,7 @@ def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_o
         by = modulation(W0, A, B, dy.dtype, update_only=update_only)
         workspace = Workspace(W0, dy.dtype)
         for columns in column_blocks(W0):
-            torch.mm(dy, block(W0, by, workspace, columns=columns), out=dx[:, columns])
+            torch.mm(dy, block(W0[:, columns], by, workspace, columns=columns), out=dx[:, columns])
     return dx
 
 

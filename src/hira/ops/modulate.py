@@ -51,11 +51,14 @@ def product_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
     return weight_dtype
 
 
-def modulation(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = False) -> Modulation:
+def modulation(
+    W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = False, dither: bool | None = None
+) -> Modulation:
     """Extend A (r, in) and B (out, r) for a W' of ``dtype``: ``1 + BA = [B | 1] [A ; 1]``."""
     formation = formation_dtype(W0.dtype)
     A, B = A.to(formation), B.to(formation)
-    noise = noise_of(W0) if paths.dithers(W0.dtype, dtype) and not update_only else None
+    dither = paths.dithers(W0.dtype, dtype) if dither is None else dither
+    noise = noise_of(W0) if dither and not update_only else None
     if update_only or paths.triton(W0):
         return Modulation(A, B, noise, update_only)
     A = torch.cat([A, A.new_ones(1, A.shape[1])])
@@ -82,8 +85,8 @@ def column_blocks(W0: Tensor) -> Iterator[slice]:
 def block(
     W0: Tensor, by: Modulation, workspace: Workspace, rows: slice = slice(None), columns: slice = slice(None)
 ) -> Tensor:
-    """Return some rows and columns of ``W0 * (1 + BA)``, rounded once, in the workspace's memory or a kernel's."""
-    W0, A, B = W0[rows, columns], by.A[:, columns], by.B[rows]
+    """Return ``W0 * (1 + BA)`` for some rows and columns W0 of a weight, rounded once; in the workspace's memory."""
+    A, B = by.A[:, columns], by.B[rows]
     noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
     if paths.triton(W0):
         from hira.ops import cuda
@@ -124,7 +127,7 @@ def form(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: b
         out = torch.empty_like(W0, dtype=dtype)
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
-            out[rows] = block(W0, by, workspace, rows)
+            out[rows] = block(W0[rows], by, workspace, rows)
     return out
 
 

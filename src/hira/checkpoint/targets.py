@@ -1,0 +1,233 @@
+"""The parameters that adapters change: which one each pair of factors is on, and the factors of all adapters as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hira.checkpoint.adapter import Adapter, Factors, TensorFile
+from hira.checkpoint.parameters import IN_MEMORY, Parameters, Rows, StoredMatrix, matrices_of
+from hira.errors import HiraError
+
+_BLOCK = 16 << 20
+
+
+class Use(NamedTuple):
+    """An adapter's factors on a parameter, and the number that its BA is multiplied by."""
+
+    factors: Factors
+    weight: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter with the factors on it.
+
+    Args:
+        name: its name in the model.
+        experts: how many matrices it stacks; None if it is one by itself.
+        transposed: whether it, or each of the matrices, is stored as (in, out).
+        uses: the factors, in the order of the adapters.
+    """
+
+    name: str
+    experts: int | None
+    transposed: bool
+    uses: list[Use] = field(default_factory=list)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """For each matrix A (r, in) and B (out, r) of the summed rank, so that ``W' = W0 * (1 + BA)``.
+
+        For a parameter stored as (in, out) they are those of its transpose. A convolution's kernels are flattened.
+        """
+        As, Bs = zip(*map(_matrices, self.uses), strict=True)
+        if self.experts is None:
+            return [(torch.cat(As), torch.cat(Bs, dim=1))]
+        A = torch.cat([A.reshape(self.experts, -1, A.shape[1]) for A in As], dim=1)
+        B = torch.cat([B.reshape(len(B), -1, self.experts) for B in Bs], dim=1).permute(2, 0, 1)
+        return list(zip(A.unbind(0), B.unbind(0), strict=True))
+
+
+class Replaced(NamedTuple):
+    """A parameter that an adapter brings whole, as of `modules_to_save`.
+
+    Args:
+        adapter: the adapter.
+        key: the parameter's name in its file.
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    adapter: Adapter
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def matrix(self) -> StoredMatrix:
+        """Its entries, with all but the first dimension flattened."""
+        tensors = self.adapter.tensors
+        if isinstance(tensors, TensorFile):
+            (matrix,) = matrices_of(tensors.header, tensors.header.entry(self.key))
+            return matrix
+        whole = tensors[self.key].reshape(self.shape[0] if self.shape else 1, -1)
+        return StoredMatrix((Rows(whole.__getitem__, 0, len(whole), whole.shape[1], whole.dtype),))
+
+    def equals(self, other: Replaced) -> bool:
+        """Whether another adapter brings the same."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        first, second = self.matrix(), other.matrix()
+        return all(torch.equal(first.read(rows), second.read(rows)) for rows in first.row_blocks(_BLOCK))
+
+
+class Changes(NamedTuple):
+    """What adapters do to a model.
+
+    Args:
+        targets: the parameters with factors on them, by name.
+        replaced: those that adapters bring whole, by name; of one that is a target too, it is W0.
+        prefix: what has to stand before the names of the base model's parameters for those of the adapters' model.
+    """
+
+    targets: dict[str, Target]
+    replaced: dict[str, Replaced]
+    prefix: str
+
+
+def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]) -> Changes:
+    """Find the parameters that adapters change.
+
+    Args:
+        parameters: those of the base model.
+        adapters: the adapters; what they do adds up.
+        weights: a number for each, by which its BA is multiplied.
+
+    Returns:
+        The changes, by the names of the base model's parameters.
+
+    Raises:
+        HiraError: the base model lacks the parameter of a pair of factors or it is of another shape, the files have
+            another layout than the model, or two adapters bring the same parameter.
+    """
+    targets: dict[str, Target] = {}
+    replaced: dict[str, Replaced] = {}
+    prefixes = set()
+    for adapter, weight in zip(adapters, weights, strict=True):
+        named, prefix = _naming(parameters, adapter)
+        prefixes.add(prefix)
+        for other, key in adapter.others.items():
+            name = named(other).replace(".base_layer.", ".")
+            new = Replaced(adapter, key, *_described(adapter, key))
+            if name in replaced and not new.equals(replaced[name]):
+                raise HiraError(
+                    f"The adapters {replaced[name].adapter.path} and {adapter.path} both bring {name} whole, each "
+                    "as it trained it; merge one adapter, and save the other without it."
+                )
+            replaced[name] = new
+        for module, factors in adapter.modules.items():
+            target = _target(parameters, adapter, named(module), factors, replaced)
+            targets.setdefault(target.name, target).uses.append(Use(factors, weight))
+    if len(prefixes) > 1:
+        raise HiraError(f"The adapters were made for models that name their parameters differently. {IN_MEMORY}")
+    return Changes(targets, replaced, prefixes.pop())
+
+
+def _naming(parameters: Parameters, adapter: Adapter) -> tuple[Callable[[str], str], str]:
+    """How an adapter's names become those of the base model's parameters, and the prefix that those lack.
+
+    An adapter may have been trained on the model with its head where the base is the model without, or the reverse:
+    then all names differ by a first component, which transformers adds or removes as it loads.
+    """
+    modules = list(adapter.modules)
+    first = {module.partition(".")[0] for module in modules}
+    rules: list[tuple[Callable[[str], str], str]] = [(lambda name: name, "")]
+    if len(first) == 1:
+        prefix = f"{first.pop()}."
+        rules.append((lambda name: name.removeprefix(prefix), prefix))
+    for component in dict.fromkeys(name.partition(".")[0] for name in parameters.locations):
+        rules.append((lambda name, added=f"{component}.": f"{added}{name}", ""))  # type: ignore[misc]
+    missing: list[str] = []
+    for named, prefix in rules:
+        absent = [module for module in modules if not _candidates(parameters, adapter, named(module))]
+        if not absent:
+            return named, prefix
+        missing = missing or absent
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    raise HiraError(
+        f"The model {parameters.folder.path} has no parameters for {', '.join(missing[:5])}{more} of the adapter "
+        f"{adapter.path}. Either the adapter is of another model, or the files of this architecture name their tensors "
+        f"otherwise than its modules. {IN_MEMORY}"
+    )
+
+
+def _candidates(parameters: Parameters, adapter: Adapter, module: str) -> list[str]:
+    """The parameters of the base model that a module's factors may be on."""
+    plain = module.replace(".base_layer", "")
+    names = (*_targeted(adapter, plain), f"{plain}.weight", f"{plain}.in_proj_weight")
+    return [name for name in dict.fromkeys(names) if parameters.holder(name) is not None]
+
+
+def _targeted(adapter: Adapter, module: str) -> list[str]:
+    """The parameters of a module that an adapter's `target_parameters` name."""
+    ends = adapter.config.get("target_parameters")
+    names = [(f"{module}.{end.rpartition('.')[2]}", end) for end in ends] if isinstance(ends, list) else []
+    return [name for name, end in names if f".{name}".endswith(f".{end}")]
+
+
+def _target(
+    parameters: Parameters, adapter: Adapter, module: str, factors: Factors, replaced: Mapping[str, Replaced]
+) -> Target:
+    """The parameter that a module's factors are on."""
+    names = _candidates(parameters, adapter, module)
+    shapes = {name: replaced[name].shape if name in replaced else parameters.shape(name) for name in names}
+    by_name = _targeted(adapter, module.replace(".base_layer", ""))
+    fitting: list[Target] = []
+    for name, shape in shapes.items():
+        known = parameters.is_transposed(name)
+        if len(shape) == 2 and name in by_name:  # a matrix that is adapted as a parameter is taken as it is
+            known = False
+        elif len(shape) == 2 and known is None and shape[0] == shape[1]:
+            known = bool(adapter.config.get("fan_in_fan_out"))
+        fitting += _fitting(name, shape, factors, known)
+    if len(fitting) == 1:
+        return fitting[0]
+    A, B = factors.shapes
+    raise HiraError(
+        f"The factors of {module} in the adapter {adapter.path}, A {A} and B {B}, "
+        f"{'fit in more than one way' if fitting else 'do not fit'} the parameters of {parameters.folder.path}: "
+        f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}. "
+        + (IN_MEMORY if fitting else "The adapter is of another model; pass the one that it was trained on.")
+    )
+
+
+def _fitting(name: str, shape: tuple[int, ...], factors: Factors, known: bool | None) -> list[Target]:
+    """The ways in which factors fit a parameter; `known` is whether it is stored as (in, out)."""
+    A, B = factors.shapes
+    if factors.kind != "matrix":
+        whole = (B[0], *A[1:]) if factors.kind == "convolution" else (A[1], B[0])
+        return [Target(name, None, False)] if shape == whole else []
+    if len(shape) not in (2, 3) or (len(shape) == 3 and A[0] % max(shape[0], 1)):
+        return []
+    experts = shape[0] if len(shape) == 3 else None
+    ways = {False: (B[0], A[1]), True: (A[1], B[0])}
+    return [Target(name, experts, way) for way, ends in ways.items() if shape[-2:] == ends and known in (None, way)]
+
+
+def _matrices(use: Use) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of one adapter, B times its weight; in an embedding's table rows are the outputs."""
+    A, B = use.factors.A.flatten(1), use.factors.B.flatten(1)
+    if use.weight != 1:
+        B = B.to(torch.promote_types(B.dtype, torch.float32)) * use.weight
+    return (B.t(), A.t()) if use.factors.kind == "embedding" else (A, B)
+
+
+def _described(adapter: Adapter, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of one of an adapter's tensors, which is not read for it."""
+    if isinstance(adapter.tensors, TensorFile):
+        entry = adapter.tensors.header.entry(key)
+        return entry.shape, entry.dtype
+    return tuple(adapter.tensors[key].shape), adapter.tensors[key].dtype
