@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import hira
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,3 +57,44 @@ def test_the_gpu_script_says_how_it_is_used():
     done = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "gpu.py OUT" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_merge_script_makes_a_model_and_an_adapter_that_load(tmp_path, dtype):
+    import merge
+
+    model = merge.Model.of_size(0.002, dtype, hidden=64, shard=10**6)
+    base, adapter = model.made(tmp_path)
+    assert abs(merge.size_of(base) / 2e6 - 1) < 0.1
+    assert len(list(base.glob(merge.WEIGHTS))) > 1
+    times = {path: path.stat().st_mtime_ns for folder in (base, adapter) for path in folder.iterdir()}
+    assert model.made(tmp_path) == (base, adapter)
+    assert {path: path.stat().st_mtime_ns for folder in (base, adapter) for path in folder.iterdir()} == times
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(base, dtype="auto", output_loading_info=True)
+    assert loaded.dtype == dtype
+    assert not any(report.values())
+    adapted = PeftModel.from_pretrained(loaded, adapter)
+    layers = [layer for layer in adapted.modules() if isinstance(layer, hira.Linear)]
+    assert len(layers) == 7 * model.layers
+    BA = torch.cat([(layer.hira_B["default"] @ layer.hira_A["default"]).flatten() for layer in layers]).detach()
+    assert abs(BA.std() / merge.BA_DEVIATION - 1) < 0.05
+
+
+def test_the_merge_script_times_no_wrong_merge(tmp_path, monkeypatch):
+    import merge
+
+    copies = tmp_path / "copies"
+    copies.write_text('#!/bin/sh\ncp -r "$2" "$5"\n')
+    copies.chmod(0o755)
+    monkeypatch.setattr(merge, "COMMAND", copies)
+    with pytest.raises(SystemExit, match=r"differs from merge_and_unload in .*q_proj.*; nothing is timed"):
+        merge.check(torch.bfloat16, tmp_path)
+
+
+def test_the_merge_script_refuses_a_folder_in_memory(tmp_path, monkeypatch):
+    import merge
+
+    monkeypatch.setattr(merge.subprocess, "check_output", lambda *arguments, **how: "Type\ntmpfs\n")
+    with pytest.raises(SystemExit, match=r"is on a tmpfs, which is memory; choose a --folder on a disk"):
+        merge.measured(argparse.Namespace(), tmp_path)

@@ -4,6 +4,9 @@ from importlib.metadata import version
 
 from hira.attention import MultiheadAttention
 from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+from hira.checkpoint.convert import convert_adapter
+from hira.checkpoint.inspection import inspect_adapter
+from hira.checkpoint.manifest import verify as verify_folder
 from hira.config import HiraConfig
 from hira.dispatch import dispatch_default
 from hira.errors import HiraError
@@ -30,13 +33,16 @@ __all__ = [
     "Linear8bitLt",
     "MultiheadAttention",
     "ParamWrapper",
+    "convert_adapter",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "dispatch_default",
     "inference_cache",
+    "inspect_adapter",
     "is_registered",
     "register",
     "unregister",
+    "verify_folder",
 ]
 
 register()

@@ -6,8 +6,6 @@ import os
 import platform
 import runpy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from hira_cli import checkpoints
 
 app = typer.Typer(
     name="hira",
@@ -131,60 +131,14 @@ def bench(
         benchmark.plot(records, plot)
 
 
-@app.command()
-def inspect(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")],
-    base: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The model that it was trained on.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it here.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures here.")] = None,
-    spectra: Annotated[bool, typer.Option(help="Find singular values of W0 and of the update.")] = True,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
-) -> None:
-    """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
-    if plot is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
-    with _failing():
-        from hira.checkpoint import inspection, report_page, report_table
-
-        report = inspection.inspect_adapter(adapter, base, spectra=spectra, allow_pickle=allow_pickle)
-        if json:
-            print(report_table.to_json(report))
-        else:
-            Console().print(report_table.table(report))
-        if plot is not None:
-            report_table.plot(report, plot)
-        if html is not None:
-            report_page.write_page(report, html, adapter.name)
-
-
-@app.command()
-def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
-    """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
-    with _failing():
-        from hira.checkpoint import manifest
-
-        problems = manifest.verify(folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    raise typer.Exit(1 if problems else 0)
+app.command()(checkpoints.convert)
+app.command()(checkpoints.inspect)
+app.command()(checkpoints.verify)
 
 
 def main() -> None:
     """The entry point."""
     app()
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """Print a HiraError as a message, and fail with status 1."""
-    from hira import HiraError
-
-    try:
-        yield
-    except HiraError as error:
-        print(f"hira: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 def _lead_path(folder: str) -> None:

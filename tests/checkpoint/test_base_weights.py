@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hira import HiraError
 from hira.checkpoint.inspection import inspect_adapter
@@ -43,13 +43,30 @@ def test_the_update_of_every_layer_is_that_of_the_model(folders):
     assert all(layer.relative_norm is None for layer in inspect_adapter(adapter).layers)
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_a_square_weight_is_read_the_way_round_that_the_model_has_it(said, tmp_path):
+    """The config says what its user guessed; `Conv1D` is (in, out) whatever that was."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=48, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    base.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_proj", "wpe"], "fan_in_fan_out": said, "init_weights": False}
+    model = peft.get_peft_model(base, peft.HiraConfig(r=3, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    layers = {layer.name: layer for layer in report.layers}
+    assert layers.keys() == {"transformer.wpe", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"}
+    for name, found in layers.items():
+        layer = model.base_model.model.get_submodule(name)
+        update = layer.get_additive_delta("default").detach()
+        assert found.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
+
+
 def test_a_base_of_another_model_is_refused(folders, tmp_path):
     base, adapter, _ = folders
     for name in base.glob("*.safetensors*"):
         name.unlink()
     other = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
     other.save_pretrained(base)
-    with pytest.raises(HiraError, match=r"has no weights of model\.layers\.1\.[a-z_.]+_proj, .*another model"):
+    with pytest.raises(HiraError, match=r"has no parameters for model\.layers\.1\.[a-z_.]+_proj, .*another model"):
         inspect_adapter(adapter, base)
 
 

@@ -123,18 +123,35 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
         HiraError: a file is missing or damaged, it is no HiRA adapter, a tensor is not of HiRA's, A or B lacks the
             other, or their ranks differ. The message names file and tensor.
     """
-    root = opened_folder(path, "the adapter")
-    config = read_object(inside(root, CONFIG), _MAX_CONFIG)
+    root, config = read_config(path)
     if config.get("peft_type") != "HIRA":
         raise HiraError(
             f"{root / CONFIG} has peft_type {config.get('peft_type')!r}, where 'HIRA' was expected. Adapters of the "
             "original repository say 'LORA': `hira convert --from original` makes them ours."
         )
-    tensors = _read_tensors(root, allow_pickle)
+    tensors = read_tensors(root, allow_pickle)
     return Adapter(root, config, tensors, *sort_tensors(f"the adapter {root}", tensors))
 
 
-def _read_tensors(root: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
+def read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the real path of an adapter's folder and its configuration, of whatever method; a HiraError for none."""
+    root = opened_folder(path, "the adapter")
+    return root, read_object(inside(root, CONFIG), _MAX_CONFIG)
+
+
+def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]:
+    """Return the tensors of an adapter's folder by their names in the file.
+
+    Args:
+        root: the folder's real path.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
+
+    Returns:
+        The tensors, of whatever method; those of a safetensors file are read as they are asked for.
+
+    Raises:
+        HiraError: there is no file of tensors, only a pickle that is not allowed, or one that is damaged.
+    """
     if os.path.lexists(root / TENSORS):
         return TensorFile(read_header(inside(root, TENSORS)))
     if not os.path.lexists(root / PICKLE):

@@ -1,49 +1,76 @@
-"""The base weights of an adapter's modules, found by name in a model's folder, without building the model."""
+"""The base weights of an adapter's modules, found in a model's folder as `hira merge` finds them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from hira.checkpoint.folder import ModelFolder, read_folder
-from hira.checkpoint.header import read_tensor
+from hira.checkpoint.adapter import FLOATS, Adapter
+from hira.checkpoint.folder import read_folder
+from hira.checkpoint.parameters import Parameters
+from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError
 
 
-def weights_of(base: str | os.PathLike[str], modules: Iterable[str]) -> Callable[[str], Tensor]:
-    """Find the base weight of each module of an adapter.
+class BaseWeights:
+    """The base weight of each module of an adapter, read where it is asked for.
 
     Args:
-        base: a model's folder, with `model.safetensors` or its index.
-        modules: the modules by their names in the adapter's keys; in attention these are of wrappers.
-
-    Returns:
-        What reads the weight of a module, as it is stored.
+        base: the folder of a model, with `model.safetensors` or its index.
+        adapter: the adapter.
 
     Raises:
-        HiraError: the folder is not one of a model, or has no tensor of a module's name, as where an architecture names
-            its tensors otherwise in files than in modules.
+        HiraError: the folder is not one of a model, lacks the weight of a module or has it in another shape, as that of
+            another model, or the weight is quantised.
     """
-    folder = read_folder(base)
-    names = {module: _name(folder, module) for module in modules}
-    missing = [module for module, name in names.items() if name is None]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise HiraError(
-            f"{folder.path} has no weights of {', '.join(missing[:5])}{more}. Either the adapter belongs to another "
-            "model, or the files of this architecture name their tensors otherwise than its modules: load the model "
-            "with Transformers, save it with save_original_format=False, and pass that folder."
-        )
 
-    def weight(module: str) -> Tensor:
-        header, entry = folder.tensors[str(names[module])]
-        return read_tensor(header, entry.name)
+    def __init__(self, base: str | os.PathLike[str], adapter: Adapter) -> None:
+        self._parameters, self._adapter = Parameters(read_folder(base)), adapter
+        _check_quantisation(self._parameters, adapter)
+        self._changes = changes_of(self._parameters, [adapter], [1.0])
+        self._targets = {use.factors.keys: target for target in self._changes.targets.values() for use in target.uses}
 
-    return weight
+    def name(self, module: str) -> str:
+        """The name of a module's weight in the model."""
+        return self._targets[self._adapter.modules[module].keys].name
+
+    def __call__(self, module: str) -> Tensor:
+        """Return a module's weight as it is stored; a square one as the adapter's `fan_in_fan_out` says."""
+        factors = self._adapter.modules[module]
+        target = self._targets[factors.keys]
+        if target.experts is not None:
+            raise HiraError(
+                f"The weight of module {module!r}, {target.name}, is a stack of {target.experts} matrices; such "
+                "adapters are only merged, with `hira merge`."
+            )
+        new = self._changes.replaced.get(target.name)  # a resized embedding comes with its adapter
+        matrix = self._parameters.matrices(target.name, stacked=False)[0] if new is None else new.matrix()
+        shape = self._parameters.shape(target.name) if new is None else new.shape
+        W0 = matrix.read(slice(None)).reshape(shape)
+        if W0.dtype not in FLOATS:
+            raise _quantised(module, f"{target.name} of {W0.dtype}")
+        # which side of a square matrix is its inputs is known from the architecture; see `matrices`
+        assumed = bool(self._adapter.config.get("fan_in_fan_out"))
+        is_square = factors.kind == "matrix" and W0.shape == W0.shape[::-1]
+        return W0.t() if is_square and target.transposed != assumed else W0
 
 
-def _name(folder: ModelFolder, module: str) -> str | None:
-    plain = module.replace(".base_layer", "")
-    return next((name for name in (f"{plain}.weight", f"{plain}.in_proj_weight") if name in folder.tensors), None)
+def _check_quantisation(parameters: Parameters, adapter: Adapter) -> None:
+    """Say so where a module's weight is quantised; its name or its shape would be those of another model."""
+    for module in adapter.modules:
+        name = f"{module.replace('.base_layer', '')}.weight"
+        if parameters.holder(name) is None:
+            stem = name.removesuffix("weight")
+            for other in (f"{stem}qweight", f"{stem}W_q", f"{stem}weight_packed", f"{stem}codes"):
+                if other in parameters.folder.tensors:
+                    raise _quantised(module, other)
+        elif parameters.dtype(name) not in FLOATS:
+            raise _quantised(module, f"{name} of {parameters.dtype(name)}")
+
+
+def _quantised(module: str, found: str) -> HiraError:
+    return HiraError(
+        f"The base model does not have the weight of module {module!r} as real numbers, but {found}: it is quantised. "
+        "Name the model as it was before it was quantised."
+    )

@@ -116,7 +116,8 @@ class Changed:
         if name not in parameters.locations:
             tensor = self._name_of_new(name)
             self.added[tensor] = self._brought(tensor, new, new.dtype)
-            self.notes.append(f"{tensor} is new: load the merged model by a class that has it, with its sizes")
+            if parameters.holder(name) is None:
+                self.notes.append(f"{tensor} is new: load the merged model by a class that has it, with its sizes")
             return
         location = parameters.location(name)
         if location.stacked or len(location.tensors[0]) > 1:

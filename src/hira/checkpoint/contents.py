@@ -13,7 +13,7 @@ from hira.checkpoint.header import Header, read_chunks, tensor_bytes
 from hira.checkpoint.parameters import StoredMatrix
 from hira.errors import HiraError
 from hira.ops.modulate import block, modulation, row_blocks
-from hira.ops.workspace import Workspace
+from hira.ops.workspace import Workspace, scratch
 
 # bytes of a tensor that is converted, at a time
 _CHUNK = 16 << 20
@@ -88,7 +88,7 @@ class Modulated:
         """As of every content; a HiraError if W' is not finite."""
         for piece in self.pieces:
             for formed in self._transposed(piece) if self.transposed else self._formed(piece):
-                if not bool(formed.isfinite().all()):
+                if formed.numel() and not all(bool(end.isfinite()) for end in formed.aminmax()):  # NaN is both
                     raise HiraError(
                         f"W0 * (1 + BA) of {self.name} is not finite in {self.dtype}: the base model's weight is "
                         "damaged, or the adapter's update too large for the dtype."
@@ -103,7 +103,8 @@ class Modulated:
         workspace = Workspace(like, self.dtype)
         for rows in row_blocks(like):
             if rows.start < last and first < rows.stop:
-                formed = block(piece.matrix.read(rows).to(self.stored), by, workspace, rows)
+                W0 = piece.matrix.read(rows, _memory).to(self.stored)
+                formed = block(W0, by, workspace, rows)
                 yield formed[max(first - rows.start, 0) : last - rows.start]
 
     def _transposed(self, piece: Piece) -> Iterator[Tensor]:
@@ -115,3 +116,8 @@ class Modulated:
         for rows in row_blocks(W0):
             out[rows] = block(W0[rows], by, workspace, rows)
         yield out.t()[piece.rows]
+
+
+def _memory(nbytes: int) -> Tensor:
+    """Memory that the next block overwrites, as fresh pages are slow."""
+    return scratch.take(nbytes, torch.uint8)[:nbytes]

@@ -19,9 +19,12 @@ Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 # what both methods know, and mean the same by
 _SHARED = (
-    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "target_modules", "exclude_modules"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
 )
+
+# a relative error of LoRA's float32 tensors at full rank is some 1e-7
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class LoraReport:
 def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
     """Turn an adapter of the paper's repository into one of PEFT's format.
 
-    Its A and B are HiRA's under LoRA's names; its alpha, scale and dropout were never applied.
+    Its A and B are HiRA's under LoRA's names; its alpha, scale and dropout were never applied. It adapts modules by the
+    ends of their names, where PEFT wants whole parts of them; others are named in full.
 
     Args:
         config: its adapter_config.json, of type LORA with `r_ab`.
@@ -72,8 +76,9 @@ def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     Source: the format of the repository of HiRA (ICLR 2025).
     """
     other = [key for key in tensors if {"lora_R", "rand_R"} & set(key.split("."))]
-    if other:
-        raise HiraError(f"The adapter has {other[0]!r}: it was trained with another method than HiRA.")
+    if other or config.get("rand_R"):
+        what = repr(other[0]) if other else "rand_R in its configuration"
+        raise HiraError(f"The adapter has {what}: it was trained with another method than HiRA.")
     rank = config.get("r_ab")
     if config.get("peft_type") != "LORA" or isinstance(rank, bool) or not isinstance(rank, int) or "r" in config:
         raise HiraError(
@@ -94,14 +99,14 @@ def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
                 f"{saved}. It is no checkpoint of the paper's repository: leave out --from original."
             )
         renamed[key] = value
-    for module, (A, B, _) in _factors(config, renamed)[0].items():
+    factors = _factors(config, renamed)[0]
+    for module, (A, B, _) in factors.items():
         if A.dim() != 2 or len(A) != rank:
             raise HiraError(
                 f"Module {module!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, but r_ab is {rank}: the tensors "
                 "and the configuration are of two adapters."
             )
-    targets = config.get("target_modules")
-    names = targets.strip() if isinstance(targets, str) else [name.strip() for name in targets or ()]
+    names = _targets(config.get("target_modules"), list(factors))
     return {**_shared(config), "peft_type": "HIRA", "r": rank, "hira_dropout": 0.0, "target_modules": names}, renamed
 
 
@@ -132,7 +137,8 @@ def to_lora(
 
     Raises:
         HiraError: the rank is not a positive integer, a base weight is missing or does not fit, a layer's shorter side
-            is above 8192, or the adapter is broken or has `target_parameters`. Grouped convolutions convert, but PEFT's
+            is above 8192, or the adapter is broken, has `target_parameters` or adapts the output projection of
+            `nn.MultiheadAttention`, whose update PEFT's LoRA would add twice. Grouped convolutions convert, but PEFT's
             LoRA has another layout for them and refuses to load it.
 
     Cost: for m rows and n <= m columns, 2 m n^2 and some 20 n^3, and memory for two matrices of n x n.
@@ -140,6 +146,7 @@ def to_lora(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise HiraError(f"The rank of the LoRA should be a positive integer, but is {rank!r}.")
     factors, others = _factors(config, tensors)
+    _check_attention(factors, "where PEFT's LoRA adds an output projection's update twice (0.21)")
     converted, layers, lost, total = dict(others), [], 0.0, 0.0
     for module, pair in factors.items():
         W0 = weight_of(module)
@@ -154,9 +161,12 @@ def to_lora(
         del W0, laid_out
     overall = math.sqrt(lost / total) if total else 0.0
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
+    lost_share = f"{overall:.2%} of its norm is lost over all layers"
     statement = (
-        f"A LoRA of rank {rank} cannot hold HiRA's update, which has a high rank: {overall:.2%} of its norm is lost "
-        "over all layers. Its outputs are not the adapter's; use the merged model where they have to be."
+        f"A LoRA of rank {rank} cannot hold HiRA's update, which has a high rank: {lost_share}. Its outputs are not "
+        "the adapter's; use the merged model where they have to be."
+        if overall > _ROUNDING
+        else f"A LoRA of rank {rank} holds all of this update but for rounding: {lost_share}."
     )
     return {**_shared(config), **settings}, converted, LoraReport(rank, tuple(layers), overall, statement)
 
@@ -175,17 +185,12 @@ def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
         The configuration and the tensors; those that need no change are the same objects.
 
     Raises:
-        HiraError: the adapter has `target_parameters`, is on `nn.MultiheadAttention`, which PEFT's HiRA does not have,
-            or is broken. Grouped convolutions and quantised layers of other kinds than bitsandbytes' are in the model,
-            not in the adapter: PEFT refuses these as it loads.
+        HiraError: the adapter has `target_parameters`, adapts the output projection of `nn.MultiheadAttention`, which
+            PEFT's HiRA does not have, or is broken. That other modules are attention, grouped convolutions or quantised
+            by others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
     """
     factors, others = _factors(config, tensors)
-    nested = [module for module in factors if ".base_layer." in module]
-    if nested:
-        raise HiraError(
-            f"Module {nested[0]!r} is inside nn.MultiheadAttention, which PEFT's own HiRA does not adapt; merge the "
-            "adapter into the model with `hira merge` instead."
-        )
+    _check_attention(factors, "which PEFT's own HiRA does not adapt")
     ranks = {len(A) for A, _, _ in factors.values()}
     folded = {key: value for key, value in config.items() if key not in ("weight_gradient", "target_parameters")}
     if len(ranks) == 1 and not config.get("rank_pattern") and ranks == {config.get("r")}:
@@ -204,6 +209,14 @@ def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
     return {**folded, "r": rank, "rank_pattern": {}}, written
 
 
+def _targets(found: Any, modules: list[str]) -> str | list[str]:
+    """The paper's `target_modules` for PEFT: a list names all modules by whole parts, without spaces."""
+    if isinstance(found, str):
+        return found.strip()
+    names = [str(name).strip() for name in found or ()]
+    return names + [module for module in modules if not any(f".{module}".endswith(f".{name}") for name in names)]
+
+
 def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in _SHARED if name in config}
 
@@ -212,6 +225,15 @@ def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     factors, others = pairs(tensors)
     check_adapter(config)
     return factors, others
+
+
+def _check_attention(factors: Mapping[str, Factors], why: str) -> None:
+    nested = [module for module in factors if ".base_layer." in module]
+    if nested:
+        raise HiraError(
+            f"Module {nested[0]!r} is inside nn.MultiheadAttention, {why}; merge the adapter into the model with "
+            "`hira merge` instead."
+        )
 
 
 def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -185,7 +185,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return _checked(path, parse_object(text, f"the header of {path}"), 8 + length, size)
 
 
-def read_tensor(header: Header, name: str, rows: slice | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+def read_tensor(
+    header: Header,
+    name: str,
+    rows: slice | None = None,
+    shape: tuple[int, ...] | None = None,
+    memory: Callable[[int], Tensor] | None = None,
+) -> Tensor:
     """Return a tensor, or some of its rows, reading no other bytes.
 
     Args:
@@ -193,9 +199,10 @@ def read_tensor(header: Header, name: str, rows: slice | None = None, shape: tup
         name: the tensor's name.
         rows: which indices of the first dimension, in steps of one; all by default.
         shape: another shape of as many entries to see the tensor in; the entry's by default.
+        memory: gives memory of so many bytes, uint8, to read into; new memory by default.
 
     Returns:
-        The tensor, in memory of its own: (rows, ...) of the entry's dtype.
+        The tensor, (rows, ...) of the entry's dtype.
 
     Raises:
         HiraError: there is no such tensor, its dtype is unknown to PyTorch, or the file changed since its header was
@@ -214,7 +221,7 @@ def read_tensor(header: Header, name: str, rows: slice | None = None, shape: tup
         row = (end - begin) // shape[0] if shape[0] else 0
         begin, shape = begin + start * row, (count, *shape[1:])
         end = begin + count * row
-    data = torch.empty(end - begin, dtype=torch.uint8)
+    data = torch.empty(end - begin, dtype=torch.uint8) if memory is None else memory(end - begin)
     with _opened(header) as file:
         _fill(file, begin, data.numpy().data, header, name)
     return data.view(dtype).reshape(shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hira.checkpoint.adapter import Kind, read_adapter
-from hira.checkpoint.base_weights import weights_of
+from hira.checkpoint.base_weights import BaseWeights
 from hira.checkpoint.factors import Factors, Matrices, check_shapes, matrices, pairs
 from hira.errors import HiraError
 
@@ -172,7 +172,7 @@ def inspect_adapter(
         HiraError: a file is missing or damaged, the two do not belong together, or a number is not finite.
     """
     found = read_adapter(adapter, allow_pickle)
-    weight_of = None if base is None else weights_of(base, found.modules)
+    weight_of = None if base is None else BaseWeights(base, found)
     return inspect(found.config, found.tensors, weight_of, spectra=spectra)
 
 

@@ -23,7 +23,8 @@ from hira.checkpoint.header import header_bytes
 from hira.checkpoint.manifest import record_of
 from hira.checkpoint.merge_plan import Plan, Shard, plan_of
 from hira.checkpoint.model_card import card, dtype_name, name_of
-from hira.checkpoint.output import Output, OutputFile
+from hira.checkpoint.output import Output
+from hira.checkpoint.output_file import OutputFile
 from hira.checkpoint.parameters import CONFIG, Parameters
 from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError

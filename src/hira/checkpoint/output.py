@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from hira.checkpoint.manifest import MANIFEST, FileRecord, check_relative, files_of, record_of, records_of
 from hira.checkpoint.manifest import records_to_json as to_json
+from hira.checkpoint.output_file import BLOCK, OutputFile, Threads
 from hira.checkpoint.strict_json import read_object
-from hira.checkpoint.swap import exchange, explained, locked, start_writing, sync
+from hira.checkpoint.swap import exchange, explained, locked, sync
 from hira.errors import HiraError
 
 STATE = ".hira-state.json"
-_BLOCK = 16 << 20
 
 PathLike = str | os.PathLike[str]
-
-
-class OutputFile:
-    """A file that is being written and hashed; made by `Output.create`."""
-
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool = file, pool
-        self._digest = hashlib.sha256()
-        self.size = self._unsent = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append bytes, all of them; they may change once this returns."""
-        view = memoryview(data).cast("B")
-        hashed = self._pool.submit(self._digest.update, view)  # beside the writing, which waits for the disk
-        try:
-            done = 0
-            while done < len(view):
-                done += self._file.write(view[done:])
-        finally:
-            hashed.result()
-        self.size += len(view)
-        self._unsent += len(view)
-        if self._unsent >= _BLOCK:
-            start_writing(self._file.fileno())
-            self._unsent = 0
-
-    def record(self) -> FileRecord:
-        """The size and the hash of what was written so far."""
-        return FileRecord(self.size, self._digest.hexdigest())
 
 
 class Output:
@@ -99,7 +67,8 @@ class Output:
             self._kept = self._read_state()
             self._clear(keep={*self._kept, STATE} if self._kept else set())
             self._check_space()
-            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._threads = Threads()
+            stack.callback(self._threads.shutdown)
             self._stack = stack.pop_all()
         return self
 
@@ -141,14 +110,16 @@ class Output:
         with explained(path, self._hint()):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb", buffering=0) as raw:
-                file = OutputFile(raw, self._pool)
+                file = OutputFile(raw, self._threads)
                 try:
                     yield file
+                    record = file.finish()
                     os.fsync(raw.fileno())
                 except BaseException:
+                    file.settle()
                     path.unlink(missing_ok=True)
                     raise
-            self._finished[name] = file.record()
+            self._finished[name] = record
             self._write_state()
 
     def write(self, name: str, data: bytes) -> None:
@@ -158,7 +129,7 @@ class Output:
 
     def copy(self, source: PathLike, name: str) -> None:
         """Copy the content of a file; errors as of `create`."""
-        buffer = memoryview(bytearray(_BLOCK))
+        buffer = memoryview(bytearray(BLOCK))
         with self.create(name) as file, Path(source).open("rb", buffering=0) as opened:
             while count := opened.readinto(buffer):
                 file.write(buffer[:count])

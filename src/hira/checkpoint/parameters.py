@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
 
 CONFIG = "config.json"
+Memory = Callable[[int], Tensor]
 IN_MEMORY = (
     "Merge in memory instead: load the model with transformers and the adapter with PEFT, and save what "
     "merge_and_unload() returns. Or save the base model with save_pretrained(..., save_original_format=False), which "
@@ -25,27 +26,35 @@ IN_MEMORY = (
 )
 
 
+class Fetch(Protocol):
+    """Gives some rows of a matrix."""
+
+    def __call__(self, rows: slice, *, memory: Memory | None = None) -> Tensor:
+        """Return them, in new memory or in what `memory` gives."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a matrix that are read when they are needed.
 
     Args:
-        fetch: gives some rows of the whole matrix, in memory of their own.
+        fetch: gives some rows of the whole matrix, in memory that it is told to take or in other.
         start: the first of these rows.
         count: how many there are.
         columns: the number of columns.
         dtype: that of the entries.
     """
 
-    fetch: Callable[[slice], Tensor]
+    fetch: Fetch
     start: int
     count: int
     columns: int
     dtype: torch.dtype
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, memory: Memory | None = None) -> Tensor:
         """Return some of these rows, counted from the first."""
-        return self.fetch(slice(self.start + start, self.start + stop))
+        return self.fetch(slice(self.start + start, self.start + stop), memory=memory)
 
 
 @dataclass(frozen=True)
@@ -74,14 +83,14 @@ class StoredMatrix:
         step = max(1, nbytes // max(columns * self.dtype.itemsize, 1))
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
-    def read(self, rows: slice) -> Tensor:
-        """Return some rows."""
+    def read(self, rows: slice, memory: Memory | None = None) -> Tensor:
+        """Return some rows, in new memory, or in what `memory` gives where they are of one part."""
         start, stop, _ = rows.indices(self.shape[0])
         found, first = [], 0
         for part in self.parts:
             begin, end = max(start - first, 0), min(stop - first, part.count)
             if begin < end:
-                found.append(part.read(begin, end))
+                found.append(part.read(begin, end, memory if end - begin == stop - start else None))
             first += part.count
         return found[0] if len(found) == 1 else torch.cat(found)
 

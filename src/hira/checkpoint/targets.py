@@ -74,7 +74,7 @@ class Replaced(NamedTuple):
             (matrix,) = matrices_of(tensors.header, tensors.header.entry(self.key))
             return matrix
         whole = tensors[self.key].reshape(self.shape[0] if self.shape else 1, -1)
-        return StoredMatrix((Rows(whole.__getitem__, 0, len(whole), whole.shape[1], whole.dtype),))
+        return StoredMatrix((Rows(lambda rows, memory=None: whole[rows], 0, len(whole), whole.shape[1], whole.dtype),))
 
     def equals(self, other: Replaced) -> bool:
         """Whether another adapter brings the same."""
@@ -120,7 +120,9 @@ def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Seq
         named, prefix = _naming(parameters, adapter)
         prefixes.add(prefix)
         for other, key in adapter.others.items():
-            name = named(other).replace(".base_layer.", ".")
+            if ".original_module." in other:  # PEFT saves it beside a resized embedding of `modules_to_save`
+                continue
+            name = named(other).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             new = Replaced(adapter, key, *_described(adapter, key))
             if name in replaced and not new.equals(replaced[name]):
                 raise HiraError(

@@ -44,14 +44,34 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
     """
     for chunk in paths.chunks(exact):
         part, noise = exact[chunk], rows[chunk, None] * columns
+        bits = part.view(torch.int32)
         if out.dtype == torch.float16:  # drops 13 bits, not 16
             noise = noise.bitwise_right_shift_(3).bitwise_or_(1)
-        size = part.abs()
-        limits = torch.finfo(out.dtype)
+        elif _can_look(out):
+            bits += noise
+            if _all_ordinary(out[chunk].copy_(part)):
+                continue
+            bits -= noise
+        size, limits = part.abs(), torch.finfo(out.dtype)
         noise *= (size >= limits.tiny) & (size <= limits.max)
-        part.view(torch.int32).add_(noise)
+        bits += noise
         out[chunk].copy_(part)
     return out
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether values can be looked at: there are some, and no device has to be waited for."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and is_concrete(tensor)
+
+
+def _all_ordinary(rounded: Tensor) -> bool:
+    """Whether bfloat16 numbers are such that none of them can come from one that is to be rounded to nearest.
+
+    What the noise makes of zeros, of numbers below the least of full significand, and of those above the largest, are
+    numbers up to that least one, from the largest on, or NaN.
+    """
+    smallest, largest = (rounded.view(torch.int16) & 0x7FFF).aminmax()
+    return int(smallest) > 0x0080 and int(largest) < 0x7F7F
 
 
 # Vectors of hashes by device and salt, as long as was needed; shorter weights take their beginning.

@@ -92,11 +92,17 @@ def block(
         from hira.ops import cuda
 
         return cuda.form(W0, A, B, workspace.dtype, update_only=by.update_only, noise=noise)
-    exact = torch.mm(B, A, out=workspace.exact(W0)).mul_(W0)
+    exact = torch.mm(B, A, out=workspace.exact(W0))
     rounded = workspace.rounded(W0)
     if rounded.dtype == exact.dtype:
-        return exact
-    return rounded.copy_(exact) if noise is None else round_into(rounded, exact, *noise)
+        return exact.mul_(W0)
+    for chunk in paths.chunks(exact):
+        part = exact[chunk].mul_(W0[chunk])
+        if noise is None:
+            rounded[chunk].copy_(part)
+        else:
+            round_into(rounded[chunk], part, noise.rows[chunk], noise.columns)
+    return rounded
 
 
 def modulated_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:

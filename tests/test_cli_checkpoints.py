@@ -1,0 +1,137 @@
+"""`hira convert`, in processes of its own: what it prints, what it leaves, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hira
+
+HIRA = str(Path(sys.executable).with_name("hira"))
+LORA = ["--to", "lora", "--rank", "2", "--base", "base"]
+COMMANDS = {
+    "lora": ["convert", "adapter", "-o", "lora", *LORA],
+    "fold": ["convert", "adapter", "--out", "folded", "--fold"],
+    "original": ["convert", "original", "-o", "from_original", "--from", "original", "--allow-pickle", *LORA],
+    "not empty": ["convert", "adapter", "-o", "full", "--fold"],
+    "overwrite": ["convert", "adapter", "-o", "old", "--fold", "--overwrite"],
+    "pickle": ["convert", "original", "-o", "none", "--from", "original"],
+    "itself": ["convert", "adapter", "-o", "adapter", "--fold", "--overwrite"],
+    "no adapter": ["convert", "base", "-o", "none", "--fold"],
+    "no out": ["convert", "adapter", "--fold"],
+    "nothing": ["convert", "adapter", "-o", "none"],
+    "no base": ["convert", "adapter", "-o", "none", "--to", "lora", "--rank", "2"],
+    "both": ["convert", "adapter", "-o", "none", "--fold", *LORA],
+    "rank 0": ["convert", "adapter", "-o", "none", "--to", "lora", "--rank", "0", "--base", "base"],
+    "to what": ["convert", "adapter", "-o", "none", "--to", "dora"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, a HiRA adapter on it, and one of the paper's repository."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("convert")
+    (folder / "base").mkdir()
+    body = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7))
+    save_file(body.state_dict(), folder / "base" / "model.safetensors")
+    config = peft.HiraConfig(r=4, rank_pattern={"2": 3}, target_modules=["0", "2"], init_weights=False)
+    peft.get_peft_model(body, config).save_pretrained(folder / "adapter")
+    (folder / "original").mkdir()
+    pair = {"base_model.model.0.lora_A": torch.randn(2, 9), "base_model.model.0.lora_B": torch.randn(8, 2)}
+    torch.save(pair, folder / "original" / "adapter_model.bin")
+    text = json.dumps({"peft_type": "LORA", "r_ab": 2, "target_modules": ["0"]})
+    (folder / "original" / "adapter_config.json").write_text(text)
+    for name in ("full", "old"):
+        (folder / name).mkdir()
+        (folder / name / "mine").write_text("precious")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder) -> dict[str, subprocess.CompletedProcess[str]]:
+    """All the commands, two at a time, since each spends its time importing torch."""
+    results, names = {}, list(COMMANDS)
+    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running = [(name, subprocess.Popen([HIRA, *COMMANDS[name]], cwd=folder, **pipes)) for name in pair]
+        for name, process in running:
+            out, err = process.communicate(timeout=120)
+            results[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return results
+
+
+def test_a_lora_is_printed_with_what_it_loses(done, folder, tmp_path):
+    assert done["lora"].returncode == 0, done["lora"].stderr
+    options = {"to": "lora", "rank": 2, "base": folder / "base"}
+    lora = hira.convert_adapter(folder / "adapter", tmp_path / "lora", **options).lora
+    lines = [line.split() for line in done["lora"].stdout.splitlines()]
+    for layer in lora.layers:
+        assert [layer.name, f"{layer.relative_error:.4f}"] in lines
+    assert ["all", f"{lora.relative_error:.4f}"] in lines
+    assert lora.statement in " ".join(done["lora"].stdout.split())
+    assert f"{folder / 'lora'}: LoRA of rank 2, modules: 2" in done["lora"].stdout
+    assert hira.verify_folder(folder / "lora") == []
+    name = "adapter_model.safetensors"
+    assert (folder / "lora" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "said"),
+    [
+        ("fold", "folded", "HiRA of rank 4, modules: 2"),
+        ("original", "from_original", "LoRA of rank 2, modules: 1"),
+        ("overwrite", "old", "HiRA of rank 4, modules: 2"),
+    ],
+)
+def test_a_folder_is_written(done, folder, command, out, said):
+    assert done[command].returncode == 0, done[command].stderr
+    assert f"{folder / out}: {said}" in done[command].stdout
+    assert hira.verify_folder(folder / out) == []
+    assert not (folder / out / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("not empty", "is not empty; name another folder, or pass --overwrite."),
+        ("pickle", "pass --allow-pickle (allow_pickle=True)."),
+        ("itself", "which is read; name another folder."),
+        ("no adapter", "adapter_config.json is missing"),
+    ],
+)
+def test_failures(done, folder, command, message):
+    assert (done[command].returncode, done[command].stdout) == (1, "")
+    # other libraries may have written before
+    assert done[command].stderr.splitlines()[-1].startswith("hira: ")
+    assert message in done[command].stderr
+    assert "Traceback" not in done[command].stderr
+    assert (folder / "full" / "mine").read_text() == "precious"
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("no out", "Missing option '-o' / '--out'"),
+        ("nothing", "There is nothing to convert: pass --from original, --to lora or --fold"),
+        ("no base", "pass --rank and --base with --to"),
+        ("both", "pass --to lora or --fold (to=, fold=), not both."),
+        ("rank 0", "Invalid value for '--rank'"),
+        ("to what", "Invalid value for '--to'"),
+    ],
+)
+def test_usage_errors(done, folder, command, message):
+    assert (done[command].returncode, done[command].stdout) == (2, "")
+    assert message in " ".join(done[command].stderr.replace("│", " ").split())
+    assert "Usage: " in done[command].stderr
+    assert not (folder / "none").exists()
