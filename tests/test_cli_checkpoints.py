@@ -1,8 +1,9 @@
-"""`hira convert`, in processes of its own: what it prints, what it leaves, and how it ends."""
+"""`hira merge` and `hira convert`, in processes of their own: what they print, what they leave, and how they end."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,15 @@ COMMANDS = {
     "both": ["convert", "adapter", "-o", "none", "--fold", *LORA],
     "rank 0": ["convert", "adapter", "-o", "none", "--to", "lora", "--rank", "0", "--base", "base"],
     "to what": ["convert", "adapter", "-o", "none", "--to", "dora"],
+    "merge": ["merge", "base", "adapter", "-o", "merged"],
+    "dry run": ["merge", "base", "adapter", "-o", "none", "--dry-run", "--dtype", "bfloat16", "--rounding", "nearest"],
+    "two": ["merge", "base", "adapter", "adapter", "-o", "two", "--weight", "0.5", "--weight", "2"],
+    "old merge": ["merge", "base", "adapter", "-o", "full"],
+    "merge no adapter": ["merge", "base", "base", "-o", "none"],
+    "one weight": ["merge", "base", "adapter", "adapter", "-o", "none", "--weight", "0.5"],
+    "size": ["merge", "base", "adapter", "-o", "none", "--max-shard-size", "5 apples"],
+    "dtype": ["merge", "base", "adapter", "-o", "none", "--dtype", "int8"],
+    "adapter": ["merge", "base", "-o", "none"],
 }
 
 
@@ -67,6 +77,43 @@ def done(folder) -> dict[str, subprocess.CompletedProcess[str]]:
             out, err = process.communicate(timeout=120)
             results[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return results
+
+
+def test_merging(done, folder, tmp_path):
+    assert (done["merge"].returncode, done["merge"].stderr) == (0, "")
+    report = hira.merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "merged")
+    first, second = done["merge"].stdout.splitlines()
+    size = f"{report.nbytes / 1e9:.3g} GB"
+    assert re.fullmatch(rf"{folder / 'merged'}: {size} in 1 file, \S+ s, \S+ GB/s", first)
+    assert second == "tensors: 2 merged, 0 replaced, 0 added, of 4"
+    for name in ("model.safetensors", "README.md"):
+        assert (folder / "merged" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    assert hira.verify_folder(folder / "merged") == []
+
+
+def test_merging_with_weights(done, folder, tmp_path):
+    assert done["two"].returncode == 0, done["two"].stderr
+    hira.merge_checkpoint(folder / "base", [folder / "adapter"] * 2, tmp_path / "two", weights=[0.5, 2])
+    name = "model.safetensors"
+    assert (folder / "two" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_dry_run_says_what_would_be_written(done, folder):
+    assert (done["dry run"].returncode, done["dry run"].stderr) == (0, "")
+    lines = done["dry run"].stdout.splitlines()
+    assert re.fullmatch(rf"{folder / 'none'}: \S+ GB in 1 file would be written, \S+ GB are free", lines[0])
+    assert lines[1:] == ["tensors: 2 merged, 0 replaced, 0 added, of 4", "merged: 0.weight", "merged: 2.weight"]
+    assert not (folder / "none").exists()
+
+
+def test_files_are_worked_on_without_peft(folder):
+    """Its import takes longer than most of these commands."""
+    code = "import sys, hira_cli.app as cli; cli.app(sys.argv[1:], standalone_mode=False); print('peft' in sys.modules)"
+    for command in ("verify merged", "inspect adapter --base base --json", "merge base adapter -o again"):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *command.split()], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert run.stdout.splitlines()[-1:] == ["False"], run.stderr
 
 
 def test_a_lora_is_printed_with_what_it_loses(done, folder, tmp_path):
@@ -106,6 +153,8 @@ def test_a_folder_is_written(done, folder, command, out, said):
         ("pickle", "pass --allow-pickle (allow_pickle=True)."),
         ("itself", "which is read; name another folder."),
         ("no adapter", "adapter_config.json is missing"),
+        ("old merge", "is not empty; name another folder, or pass --overwrite."),
+        ("merge no adapter", "adapter_config.json is missing"),
     ],
 )
 def test_failures(done, folder, command, message):
@@ -128,6 +177,10 @@ def test_failures(done, folder, command, message):
         ("both", "pass --to lora or --fold (to=, fold=), not both."),
         ("rank 0", "Invalid value for '--rank'"),
         ("to what", "Invalid value for '--to'"),
+        ("one weight", "1 weights for 2 adapters"),
+        ("size", "'5 apples' is not a size such as 5GB"),
+        ("dtype", "Invalid value for '--dtype'"),
+        ("adapter", "Missing argument 'ADAPTER...'"),
     ],
 )
 def test_usage_errors(done, folder, command, message):

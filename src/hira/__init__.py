@@ -7,6 +7,7 @@ from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8
 from hira.checkpoint.convert import convert_adapter
 from hira.checkpoint.inspection import inspect_adapter
 from hira.checkpoint.manifest import verify as verify_folder
+from hira.checkpoint.merge import merge_checkpoint
 from hira.config import HiraConfig
 from hira.dispatch import dispatch_default
 from hira.errors import HiraError
@@ -40,6 +41,7 @@ __all__ = [
     "inference_cache",
     "inspect_adapter",
     "is_registered",
+    "merge_checkpoint",
     "register",
     "unregister",
     "verify_folder",

@@ -131,6 +131,7 @@ def bench(
         benchmark.plot(records, plot)
 
 
+app.command()(checkpoints.merge)
 app.command()(checkpoints.convert)
 app.command()(checkpoints.inspect)
 app.command()(checkpoints.verify)

@@ -1,20 +1,25 @@
-"""The commands for adapters and models on disk: `hira convert`, `hira inspect`, `hira verify`."""
+"""The commands for adapters and models on disk: `hira merge`, `hira convert`, `hira inspect`, `hira verify`."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from hira.checkpoint.merge import MergeReport
 
 
 class Source(str, Enum):
@@ -27,6 +32,74 @@ class Form(str, Enum):
     """The methods besides HiRA that `hira convert` writes."""
 
     lora = "lora"
+
+
+class Dtype(str, Enum):
+    """The dtypes that `hira merge` writes."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Rounding(str, Enum):
+    """The ways in which `hira merge` rounds to a half precision."""
+
+    nearest = "nearest"
+    dither = "dither"
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The base model's folder, in safetensors.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="The folders of adapters.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="What an adapter's BA is multiplied by; once for each adapter.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="That of all floating-point tensors; their own by default.")
+    ] = None,
+    rounding: Annotated[
+        Rounding | None,
+        typer.Option(help="To a half precision; with a dither by default, where the base model is in one too."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of a file, such as 5GB; by default files stay what they are.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+) -> None:
+    """Merge adapters into a model on the disk, W' = W0 * (1 + BA), without loading it.
+
+    OUT is there whole or not at all. The same command goes on with what an interrupted one had finished.
+    """
+    # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _failing():
+        from hira.checkpoint.merge import merge_checkpoint, size_in_bytes
+
+        if weight and len(weight) != len(adapters):
+            raise typer.BadParameter(f"{len(weight)} weights for {len(adapters)} adapters", param_hint="--weight")
+        if max_shard_size is not None and size_in_bytes(max_shard_size) is None:
+            raise typer.BadParameter(f"{max_shard_size!r} is not a size such as 5GB", param_hint="--max-shard-size")
+        with _progress() as advance:
+            report = merge_checkpoint(
+                base,
+                adapters,
+                out,
+                weights=weight or None,
+                dtype=dtype and dtype.value,
+                rounding=None if rounding is None else "dither" if rounding is Rounding.dither else "nearest",
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                allow_pickle=allow_pickle,
+                progress=advance,
+            )
+        for line in _merged(report):
+            print(line)
 
 
 def convert(
@@ -110,13 +183,52 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fold
 @contextmanager
 def _failing() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
-    from hira import HiraError
+    _leave_peft_out()
+    from hira.errors import HiraError
 
     try:
         yield
     except HiraError as error:
         print(f"hira: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def _leave_peft_out() -> None:
+    """Let `hira.checkpoint` be imported without what is for PEFT, whose import takes longer than many a command."""
+    spec = find_spec("hira")
+    if "hira" not in sys.modules and spec is not None:
+        package = ModuleType("hira")
+        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
+        sys.modules["hira"] = package
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, with bytes, their rate and the time that is left."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("merging", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _merged(report: MergeReport) -> Iterator[str]:
+    """What a merge did, or would do, in lines."""
+    size = f"{report.nbytes / 1e9:.3g} GB in {len(report.shards)} {'file' if len(report.shards) == 1 else 'files'}"
+    done = f"{size} would be written, {report.free_bytes / 1e9:.3g} GB are free"
+    if not report.dry_run:
+        done = f"{size}, {report.seconds:.3g} s, {report.nbytes / 1e9 / report.seconds:.3g} GB/s"
+    yield f"{report.out}: {done}"
+    counts = {"merged": report.merged, "replaced": report.replaced, "added": report.added}
+    yield f"tensors: {', '.join(f'{len(names)} {how}' for how, names in counts.items())}, of {report.tensors}"
+    if report.resumed:
+        yield f"finished before: {', '.join(report.resumed)}"
+    if report.dry_run:
+        yield from (f"{how}: {name}" for how, names in counts.items() for name in names)
+    yield from (f"left out: {name}, {why}" for name, why in report.skipped.items())
+    yield from (f"note: {note}" for note in report.notes)
 
 
 def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:

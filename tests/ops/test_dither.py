@@ -74,6 +74,25 @@ def test_special_numbers(dtype, transposed):
     assert not found.isnan()[:, [10, 11]].any()
 
 
+def test_one_special_number_among_others():
+    """Bfloat16 chunks are rounded first and looked at then; every number whose look could deceive is tried alone."""
+    edges = [0, 1, 0x7FFF, 0x8000, 0x7F_FFFF, 0x80_0000, 0x80_7FFF, 0x80_8000, 0x81_0000]
+    edges += [0x7F7E_8000, 0x7F7F_0000, 0x7F7F_0001, 0x7F7F_FFFF, 0x7F80_0000, 0x7F80_0001, 0x7FC0_0000, 0x7FFF_FFFF]
+    noise = torch.tensor([-(2**15) + 1, -1, 1, 2**15 - 1], dtype=torch.int16)
+    one, tiny, largest = torch.ones(1, 1), torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max
+    for edge in edges:
+        for sign in (0, -(2**31)):
+            exact = torch.full((4, 8), 0.3)
+            exact.view(torch.int32)[:, 5] = edge | sign
+            found = round_into(
+                torch.empty(4, 8, dtype=torch.bfloat16), exact.clone(), noise, one.short().expand(1, 8)[0]
+            )
+            moved = (exact.view(torch.int32) + noise[:, None]).view(torch.float32)
+            ordinary = (exact.abs() >= tiny) & (exact.abs() <= largest)
+            wanted = torch.where(ordinary, moved, exact).bfloat16()
+            assert torch.equal(found.view(torch.int16), wanted.view(torch.int16)), hex(edge)
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("size", [1e-3, 1e-4])
 def test_the_update_is_kept_on_average(dtype, size):

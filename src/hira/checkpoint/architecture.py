@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -13,25 +13,13 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from hira.checkpoint.parameters import Location
 from hira.errors import HiraError
 
 try:  # from transformers 5 on
     from transformers import conversion_mapping, core_model_loading
 except ImportError:
     core_model_loading = None
-
-
-class Location(NamedTuple):
-    """Where a parameter lies in files.
-
-    Args:
-        tensors: for each of the matrices that it stacks, the tensors whose rows follow one another in it; of a
-            parameter that lies in one tensor, that one.
-        stacked: whether the tensors are parts of a parameter that has one dimension more.
-    """
-
-    tensors: tuple[tuple[str, ...], ...]
-    stacked: bool = False
 
 
 class Architecture:
@@ -72,6 +60,10 @@ class Architecture:
             name, pattern = core_model_loading.rename_source_key(tensor, renamings, converters, prefix, state)
             found[name][pattern].append(tensor)
         return {name: _location(parts, by_pattern) for name, parts in found.items()}
+
+    def absent(self, found: Container[str]) -> list[str]:
+        """The parameters, none of those tied to them included, that are not among the found, as parts of others are."""
+        return [name for name in self._parameters if not any(other in found for other in self.tied(name))]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a parameter; None if the model has none of that name."""

@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor
 
-from hira.checkpoint.adapter import FLOATS, Adapter
+from hira.checkpoint.adapter import Adapter
 from hira.checkpoint.folder import read_folder
 from hira.checkpoint.parameters import Parameters
 from hira.checkpoint.targets import changes_of
@@ -27,7 +27,6 @@ class BaseWeights:
 
     def __init__(self, base: str | os.PathLike[str], adapter: Adapter) -> None:
         self._parameters, self._adapter = Parameters(read_folder(base)), adapter
-        _check_quantisation(self._parameters, adapter)
         self._changes = changes_of(self._parameters, [adapter], [1.0])
         self._targets = {use.factors.keys: target for target in self._changes.targets.values() for use in target.uses}
 
@@ -48,29 +47,7 @@ class BaseWeights:
         matrix = self._parameters.matrices(target.name, stacked=False)[0] if new is None else new.matrix()
         shape = self._parameters.shape(target.name) if new is None else new.shape
         W0 = matrix.read(slice(None)).reshape(shape)
-        if W0.dtype not in FLOATS:
-            raise _quantised(module, f"{target.name} of {W0.dtype}")
         # which side of a square matrix is its inputs is known from the architecture; see `matrices`
         assumed = bool(self._adapter.config.get("fan_in_fan_out"))
         is_square = factors.kind == "matrix" and W0.shape == W0.shape[::-1]
         return W0.t() if is_square and target.transposed != assumed else W0
-
-
-def _check_quantisation(parameters: Parameters, adapter: Adapter) -> None:
-    """Say so where a module's weight is quantised; its name or its shape would be those of another model."""
-    for module in adapter.modules:
-        name = f"{module.replace('.base_layer', '')}.weight"
-        if parameters.holder(name) is None:
-            stem = name.removesuffix("weight")
-            for other in (f"{stem}qweight", f"{stem}W_q", f"{stem}weight_packed", f"{stem}codes"):
-                if other in parameters.folder.tensors:
-                    raise _quantised(module, other)
-        elif parameters.dtype(name) not in FLOATS:
-            raise _quantised(module, f"{name} of {parameters.dtype(name)}")
-
-
-def _quantised(module: str, found: str) -> HiraError:
-    return HiraError(
-        f"The base model does not have the weight of module {module!r} as real numbers, but {found}: it is quantised. "
-        "Name the model as it was before it was quantised."
-    )

@@ -75,11 +75,6 @@ class Changed:
         """Put W' in the place of a parameter."""
         parameters, name = self._parameters, target.name
         stored = parameters.dtype(name)
-        if stored not in FLOATS:
-            raise HiraError(
-                f"{name} of {parameters.folder.path} is quantised ({stored}), so that there is no W0 to multiply; "
-                "merge into the model as it was before it was quantised."
-            )
         dtype = self._options.dtype or stored
         dither = self._dither(name, stored, dtype)
         new = self._changes.replaced.get(name)
@@ -174,14 +169,18 @@ class Changed:
         return None if rounding is None else rounding == "dither"
 
     def _check_ties(self) -> None:
-        """Refuse to change an embedding that may be tied to the head in a way that nothing here tells."""
-        parameters = self._parameters
-        if parameters.is_known or not parameters.config.get("tie_word_embeddings"):
+        """Refuse to change embeddings, or the head, that may be tied in a way that nothing here tells."""
+        parameters, config = self._parameters, self._parameters.config
+        if parameters.is_known or not config.get("tie_word_embeddings", bool(config)):  # true is transformers' default
             return
-        names = [name for name, target in self._changes.targets.items() if target.uses[0].factors.kind == "embedding"]
+        vocabularies = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
+        shapes = {name: parameters.shape(name) for name in self._changes.targets}
+        shapes |= {name: new.shape for name, new in self._changes.replaced.items()}
+        names = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] in vocabularies]
+        names += [name for name, target in self._changes.targets.items() if target.uses[0].factors.kind == "embedding"]
         if names:
             raise HiraError(
-                f"{names[0]} may share its weight with the head (tie_word_embeddings), but {parameters.folder.path} is "
+                f"{names[0]} may share its weight with another (tie_word_embeddings), but {parameters.folder.path} is "
                 f"of an architecture that this transformers does not have. {IN_MEMORY}"
             )
 

@@ -13,6 +13,7 @@ from hira.checkpoint.header import Header, read_chunks, tensor_bytes
 from hira.checkpoint.parameters import StoredMatrix
 from hira.errors import HiraError
 from hira.ops.modulate import block, modulation, row_blocks
+from hira.ops.paths import one_thread
 from hira.ops.workspace import Workspace, scratch
 
 # bytes of a tensor that is converted, at a time
@@ -88,7 +89,7 @@ class Modulated:
         """As of every content; a HiraError if W' is not finite."""
         for piece in self.pieces:
             for formed in self._transposed(piece) if self.transposed else self._formed(piece):
-                if formed.numel() and not all(bool(end.isfinite()) for end in formed.aminmax()):  # NaN is both
+                if not _is_finite(formed):
                     raise HiraError(
                         f"W0 * (1 + BA) of {self.name} is not finite in {self.dtype}: the base model's weight is "
                         "damaged, or the adapter's update too large for the dtype."
@@ -104,7 +105,7 @@ class Modulated:
         for rows in row_blocks(like):
             if rows.start < last and first < rows.stop:
                 W0 = piece.matrix.read(rows, _memory).to(self.stored)
-                formed = block(W0, by, workspace, rows)
+                formed = block(W0, by, workspace, rows, alone=True)
                 yield formed[max(first - rows.start, 0) : last - rows.start]
 
     def _transposed(self, piece: Piece) -> Iterator[Tensor]:
@@ -114,8 +115,13 @@ class Modulated:
         workspace = Workspace(W0, self.dtype)
         out = torch.empty_like(W0, dtype=self.dtype)
         for rows in row_blocks(W0):
-            out[rows] = block(W0[rows], by, workspace, rows)
+            out[rows] = block(W0[rows], by, workspace, rows, alone=True)
         yield out.t()[piece.rows]
+
+
+def _is_finite(block: Tensor) -> bool:
+    with one_thread():
+        return not block.numel() or all(bool(end.isfinite()) for end in block.aminmax())  # NaN is both of them
 
 
 def _memory(nbytes: int) -> Tensor:

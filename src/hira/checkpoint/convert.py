@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +26,10 @@ from hira.checkpoint.adapter import (
 from hira.checkpoint.base_weights import BaseWeights
 from hira.checkpoint.conversion import LoraReport
 from hira.checkpoint.header import entry_of, header_bytes, in_safetensors_order, tensor_bytes
-from hira.checkpoint.model_card import name_of
+from hira.checkpoint.model_card import CARD, card, name_of, quoted
 from hira.checkpoint.output import Output
 from hira.errors import HiraError
 
-CARD = "README.md"
 PathLike = str | os.PathLike[str]
 
 
@@ -115,7 +112,7 @@ def convert_adapter(
     with output:
         output.write(CONFIG, (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
         _write_tensors(output, tensors)
-        output.write(CARD, _card(found.path, result, source, config.get("base_model_name_or_path")).encode())
+        output.write(CARD, _card(found.path, result, source, config.get("base_model_name_or_path")))
     return result
 
 
@@ -171,21 +168,20 @@ def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor_bytes(tensors[entry.name]))
 
 
-def _card(path: Path, result: Conversion, source: str | None, base: Any) -> str:
+def _card(path: Path, result: Conversion, source: str | None, base: Any) -> bytes:
     """The model card."""
-    lines = ["---", "library_name: peft", f"tags: [{result.peft_type.lower()}]"]
-    lines += [f'base_model: "{base}"'] if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
-    form = "LoRA" if result.lora else "HiRA"
+    method, lora = "LoRA" if result.lora else "HiRA", result.lora
     origin = "the HiRA paper's repository" if source else "PEFT's HiRA"
-    lines += ["---", "", f"# {form} of rank {result.rank}", ""]
-    lines += [f"Converted by hira {version('hira')} from {_quoted(name_of(path))}, an adapter of {origin}."]
-    if result.lora is not None:
-        worst = max(result.lora.layers, key=lambda layer: layer.relative_error)
-        lines += ["", result.lora.statement, "", f"- Relative error over all layers: {result.lora.relative_error:.6g}"]
-        lines += [f"- Largest of a layer: {worst.relative_error:.6g}, {_quoted(worst.name)}"]
-    return "\n".join([*lines, ""])
-
-
-def _quoted(name: str) -> str:
-    """A name that Markdown takes for nothing else."""
-    return "`" + json.dumps(name).replace("`", "\\u0060") + "`"
+    facts = {"converted from": f"{quoted(name_of(path))}, an adapter of {origin}"}
+    command = ["hira", "convert", name_of(path), "-o", "OUT", *(("--from", source) if source else ())]
+    text = []
+    if lora is not None:
+        worst = max(lora.layers, key=lambda layer: layer.relative_error)
+        facts["relative error over all layers"] = f"{lora.relative_error:.6g}"
+        facts["largest of a layer"] = f"{worst.relative_error:.6g}, {quoted(worst.name)}"
+        command += ["--to", "lora", "--rank", str(lora.rank), "--base", "BASE"]
+        text = [lora.statement]
+    elif source is None:
+        command += ["--fold"]
+    base = base if isinstance(base, str) else None
+    return card(f"{method} of rank {result.rank}", text, facts, command, base, (method.lower(),), "peft")

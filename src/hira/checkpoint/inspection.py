@@ -252,7 +252,7 @@ def check_adapter(config: Mapping[str, Any]) -> None:
     if config.get("target_parameters"):
         raise HiraError(
             f"The adapter has target_parameters {list(config['target_parameters'])}, the stacked weights of experts, "
-            "which are only merged or loaded; look at or convert an adapter without them."
+            "which are only loaded, or merged with `hira merge`; look at or convert an adapter without them."
         )
 
 

@@ -24,7 +24,7 @@ def check_basename(name: object, what: str) -> str:
     """Return a file's name if it is a plain one, with no path in it; else raise a HiraError that says `what` it is."""
     if not isinstance(name, str) or not name or name in {".", ".."} or len(name.encode(errors="replace")) > 255:
         raise HiraError(f"{what} is {str(name)[:100]!r}, which is not a file's name; it was damaged or tampered with.")
-    if any(character in "/\\:" or ord(character) < 32 for character in name):
+    if any(character in "/\\:" or ord(character) < 32 or "\ud800" <= character <= "\udfff" for character in name):
         raise HiraError(f"{what} is {name!r}, but must be a plain name inside the folder, without a path.")
     return name
 

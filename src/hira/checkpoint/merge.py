@@ -22,14 +22,13 @@ from hira.checkpoint.folder import ModelFolder, read_folder
 from hira.checkpoint.header import header_bytes
 from hira.checkpoint.manifest import record_of
 from hira.checkpoint.merge_plan import Plan, Shard, plan_of
-from hira.checkpoint.model_card import card, dtype_name, name_of
+from hira.checkpoint.model_card import CARD, card, dtype_name, name_of, quoted
 from hira.checkpoint.output import Output
 from hira.checkpoint.output_file import OutputFile
 from hira.checkpoint.parameters import CONFIG, Parameters
 from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError
 
-CARD = "README.md"
 BASE_CARD = "README.base.md"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -125,7 +124,7 @@ def merge_checkpoint(
     start = time.monotonic()
     folders = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     factors = _weights(folders, weights)
-    options = Options(_dtype(dtype), _rounding(rounding), _size(max_shard_size))
+    options = Options(_dtype(dtype), _rounding(rounding), _limit(max_shard_size))
     model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
     output = Output(
         out,
@@ -179,7 +178,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
             advance(shard.nbytes)
             continue
         if shard.source is not None:
-            output.copy(shard.source.path, shard.name)
+            output.copy(shard.source.path, shard.name, shard.source.size)
             advance(shard.nbytes)
             continue
         with output.create(shard.name) as file:
@@ -205,7 +204,7 @@ def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -
             output.write(name, _json(plan.config))
         elif name == CARD:
             output.copy(model.file(name), BASE_CARD)
-        elif name != BASE_CARD:
+        elif name != BASE_CARD or CARD not in model.other_files:
             output.copy(model.file(name), name)
     output.write(CARD, text)
 
@@ -221,33 +220,34 @@ def _card(
     base, names = name_of(model.path), [name_of(adapter.path) for adapter in adapters]
     command = ["hira", "merge", base, *names, "-o", "OUT"]
     if any(weight != 1 for weight in weights):
-        command += [part for weight in weights for part in ("--weight", f"{weight:g}")]
+        command += [part for weight in weights for part in ("--weight", str(weight))]
     if options.dtype is not None:
         command += ["--dtype", dtype_name(options.dtype)]
     if options.rounding is not None:
         command += ["--rounding", options.rounding]
     if options.max_shard_size is not None:
         command += ["--max-shard-size", str(options.max_shard_size)]
-    facts = {"base model": base}
+    facts = {"base model": quoted(base)}
     for name, adapter, weight in zip(names, adapters, weights, strict=True):
         config = adapter.config
-        facts[f"adapter {name}"] = (
-            f"HiRA of rank {config.get('r')} on {len(adapter.modules)} modules"
-            + (f", times {weight:g}" if weight != 1 else "")
-            + f", trained on {config.get('base_model_name_or_path') or 'a model without a name'}"
+        facts[f"adapter {quoted(name)}"] = (
+            f"HiRA of rank {quoted(str(config.get('r')))} on {len(adapter.modules)} modules"
+            + (f", times {weight}" if weight != 1 else "")
+            + f", trained on {quoted(str(config.get('base_model_name_or_path') or ''))}"
         )
     facts["tensors"] = f"{len(plan.merged)} merged, {len(plan.replaced)} replaced, {len(plan.added)} added"
     text = ["HiRA adapters are merged into the weights of this model: `W' = W0 * (1 + BA)`, entry by entry."]
-    return card(f"{base} with {', '.join(names)}", text, facts, command, base, ("hira", "merged"))
+    return card(f"{quoted(base)} with {', '.join(map(quoted, names))}", text, facts, command, base, ("hira", "merged"))
 
 
 def _job(model: ModelFolder, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> str:
     """A hash of all that the files of weights depend on; of the base model's files it takes sizes and times."""
     files = [
+        (model.path / CONFIG, "hash"),
         *((header.path, None) for header in model.shards.values()),
         *((adapter.path / name, "hash") for adapter in adapters for name in sorted(os.listdir(adapter.path))),
     ]
-    facts: list[Any] = [version("hira"), torch.__version__, list(weights), *map(str, options), model.index]
+    facts: list[Any] = [*map(version, ("hira", "transformers", "torch")), [*weights], *map(str, options), model.index]
     for path, how in files:
         if path.is_file():
             status = path.stat()
@@ -280,15 +280,15 @@ def _rounding(rounding: Rounding | None) -> Rounding | None:
     return rounding
 
 
-def _size(size: int | str | None) -> int | None:
-    """The bytes of a size such as "5GB"."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+def _limit(size: int | str | None) -> int | None:
+    limit = None if size is None else size_in_bytes(size)
+    if size is not None and limit is None:
+        raise HiraError(f"max_shard_size must be a number of bytes above 0, or a text such as '5GB', not {size!r}.")
+    return limit
+
+
+def size_in_bytes(size: int | str) -> int | None:
+    """Return the bytes of a size such as "5GB" or "500 MiB"; None if it is none, or 0."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match[2].upper()) if match else None
-    count = int(float(match[1]) * unit) if match and unit else 0
-    if count <= 0:
-        raise HiraError(
-            f"max_shard_size must be a number of bytes, or one of MB, GB or GiB such as '5GB', not {size!r}."
-        )
-    return count
+    return (int(float(match[1]) * unit) or None) if match and unit else None

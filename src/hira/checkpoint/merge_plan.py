@@ -14,6 +14,7 @@ from hira.checkpoint.folder import SINGLE
 from hira.checkpoint.header import Header, in_safetensors_order
 from hira.checkpoint.parameters import Parameters
 from hira.checkpoint.targets import Changes
+from hira.errors import HiraError
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ def plan_of(parameters: Parameters, changes: Changes, options: Options) -> Plan:
         The plan; no tensor is read for it.
 
     Raises:
-        HiraError: a weight is quantised or cannot be rounded as asked for, a parameter that an adapter brings is of
-            another shape, or what has to be added to the files would not be found in them.
+        HiraError: the model is quantised and a dtype asked for, a weight cannot be rounded as asked for, a parameter
+            that an adapter brings is of another shape, or what has to be added to the files would not be found in them.
     """
+    if options.dtype is not None and parameters.config.get("quantization_config"):
+        raise HiraError(
+            f"Weights of {parameters.folder.path} are quantised (quantization_config), and the numbers that belong to "
+            "them must keep their dtypes; leave out the dtype."
+        )
     found = Changed(parameters, changes, options)
     shards = _shards(parameters, changes, found, options)
     return Plan(
@@ -156,10 +162,11 @@ def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[
     config: dict[str, Any] = deepcopy(parameters.config)
     tables = parameters.embeddings()
     changing = {*changes.targets, *changes.replaced}
-    if len({parameters.tied(table) for table in tables}) < len(tables) and changing.intersection(tables):
+    if changing.intersection(tables) and len({parameters.tied(table) for table in tables}) < len(tables):
         config["tie_word_embeddings"] = False
         _set(config, "tie_word_embeddings", {True: False})
-    rows = {changes.replaced[t].shape[0]: parameters.shape(t)[0] for t in tables if t in changes.replaced}
+    resized = [table for table in tables if table in changes.replaced and parameters.holder(table) is not None]
+    rows = {changes.replaced[table].shape[0]: parameters.shape(table)[0] for table in resized}
     _set(config, "vocab_size", {old: new for new, old in rows.items()})
     if options.dtype is not None and config:
         name = str(options.dtype).removeprefix("torch.")

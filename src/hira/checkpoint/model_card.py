@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+CARD = "README.md"
 
 
 def name_of(folder: Path) -> str:
@@ -27,33 +30,45 @@ def card(
     command: Sequence[str],
     base: str | None = None,
     tags: Sequence[str] = (),
+    library: str = "transformers",
 ) -> bytes:
     """Write a card.
 
     Args:
         title: its heading.
         text: its paragraphs.
-        facts: rows of a table, by what they tell.
+        facts: rows of a table, by what they tell; names in them are `quoted`.
         command: the arguments of the command that makes the folder again.
         base: the name of the base model, for the hub if it has an owner.
         tags: for the hub.
+        library: what loads the folder, for the hub.
 
     Returns:
         The card, with a header that the hub reads, and with the versions of what made the folder.
     """
-    header = [f"base_model: {json.dumps(base)}"] if base and base.count("/") == 1 else []
-    header += ["library_name: transformers", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    header = [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
+    header += [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]
     versions = {name: version(name) for name in ("hira", "torch", "peft", "transformers")}
     versions["python"] = platform.python_version()
     rows = {**facts, "made with": ", ".join(f"{name} {number}" for name, number in versions.items())}
-    table = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    lines = ["---", *header, "---", "", f"# {title}", "", *(line for part in text for line in (part, ""))]
-    lines += ["| | |", "|---|---|", *table, "", "```sh", shlex.join(command), "```", ""]
+    table = [f"| {name} | {value} |" for name, value in rows.items()]
+    lines = [
+        "---",
+        *header,
+        "---",
+        "",
+        f"# {title}",
+        "",
+        *(line for part in text for line in (part, "")),
+    ]
+    shown = "".join(character if character.isprintable() else "?" for character in shlex.join(command))
+    lines += ["| | |", "|---|---|", *table, "", "```sh", shown, "```", ""]
     return "\n".join(lines).encode()
 
 
-def _cell(value: str) -> str:
-    return " ".join(value.replace("|", "\\|").split())
+def quoted(name: str) -> str:
+    """A name that Markdown takes for nothing else."""
+    return "`" + json.dumps(name).replace("`", "\\u0060").replace("|", "\\u007c") + "`"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -48,7 +48,10 @@ class Output:
         required_bytes: int = 0,
         job: str | None = None,
     ) -> None:
-        self.target = Path(os.path.realpath(Path(target).expanduser()))
+        try:
+            self.target = Path(os.path.realpath(Path(target).expanduser()))
+        except (ValueError, RuntimeError) as error:  # a NUL in it, or a home that is not known
+            raise HiraError(f"the output {str(target)!r} is not a path ({error}); name a folder.") from error
         self.staging = self.target.parent / f".{self.target.name}.hira-staging"
         self._old = self.target.parent / f".{self.target.name}.hira-old"
         self._overwrite, self.required_bytes, self._job = overwrite, required_bytes, job
@@ -59,8 +62,8 @@ class Output:
         self._stack = ExitStack()
 
     def __enter__(self) -> Output:
+        self.check_target()
         with ExitStack() as stack, explained(self.target):
-            self.check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_staging(self.staging))
             self._recover()
@@ -103,7 +106,7 @@ class Output:
         Raises:
             HiraError: the name leads out of the folder or is taken, or the file cannot be written; it is removed then.
         """
-        if check_relative(name, "a file of the output") in {MANIFEST, STATE} or name in self._finished:
+        if check_relative(name, "a file of the output") in {MANIFEST, STATE, f"{STATE}.new"} or name in self._finished:
             raise HiraError(f"{name} cannot be written to {self.target}: the name is taken.")
         self._kept.pop(name, None)
         path = self.staging / name
@@ -127,12 +130,13 @@ class Output:
         with self.create(name) as file:
             file.write(data)
 
-    def copy(self, source: PathLike, name: str) -> None:
-        """Copy the content of a file; errors as of `create`."""
-        buffer = memoryview(bytearray(BLOCK))
-        with self.create(name) as file, Path(source).open("rb", buffering=0) as opened:
-            while count := opened.readinto(buffer):
-                file.write(buffer[:count])
+    def copy(self, source: PathLike, name: str, size: int | None = None) -> None:
+        """Copy the content of a file; errors as of `create`, and where it is not of the size that is given."""
+        with self.create(name) as file:
+            for chunk in _content(Path(source)):
+                file.write(chunk)
+            if size is not None and file.size != size:
+                raise HiraError(f"{source} had {size} bytes and now has {file.size}; leave it alone while it is read.")
 
     # Before
 
@@ -144,7 +148,10 @@ class Output:
 
     def check_target(self) -> None:
         """Raise a HiraError if the target must not be written to."""
-        target = self.target
+        with explained(self.target):
+            self._check_target(self.target)
+
+    def _check_target(self, target: Path) -> None:
         for base in self._bases:
             if (
                 base == target
@@ -152,14 +159,19 @@ class Output:
                 or (target.exists() and base.exists() and target.samefile(base))
             ):
                 raise HiraError(f"the output {target} is in {base}, which is read; name another folder.")
+            if {self.staging, self._old} & {base, *base.parents}:
+                raise HiraError(f"{base}, which is read, is where the output {target} is made; rename one of them.")
             if target in base.parents:
                 raise HiraError(f"the output {target} holds {base}, which is read; name another folder.")
         if target in {Path.cwd(), *Path.cwd().parents, Path.home(), *Path.home().parents}:
             raise HiraError(f"the output {target} holds the folder that you are in or your home; name another folder.")
-        if not target.exists():
+        there = next(folder for folder in target.parents if os.path.lexists(folder))
+        if not there.is_dir():
+            raise HiraError(f"the output {target} is in {there}, which is not a folder; name another one.")
+        if not os.path.lexists(target):
             return
         if not target.is_dir():
-            raise HiraError(f"the output {target} is a file; name a folder.")
+            raise HiraError(f"the output {target} is a file, or a link to itself; name a folder.")
         if os.path.ismount(target):
             raise HiraError(f"the output {target} is a mount point, which cannot be replaced; name a folder within it.")
         if not self._overwrite and any(target.iterdir()):
@@ -204,12 +216,14 @@ class Output:
 
     def _commit(self) -> None:
         """Complete the folder, have it on the disk, and put it in its place."""
-        self._clear(keep=set(self._finished))
-        manifest = self.staging / MANIFEST
+        state, manifest = self.staging / STATE, self.staging / MANIFEST
+        self._clear(keep={*self._finished, STATE})
         manifest.write_bytes(to_json(self._finished, format=1))
         sync(manifest)
         for folder, _, _ in os.walk(self.staging, topdown=False):
             sync(Path(folder))
+        state.unlink(missing_ok=True)  # last, so that a run that is killed before can go on
+        sync(self.staging)
         self._put()
         sync(self.target.parent)
 
@@ -250,6 +264,17 @@ class Output:
         return " The target is as it was." + (
             " Finished files are kept: make room, and run the same command again." if self._job is not None else ""
         )
+
+
+def _content(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file, in one buffer that each chunk overwrites."""
+    buffer = memoryview(bytearray(BLOCK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
+    except OSError as error:
+        raise HiraError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 @contextmanager

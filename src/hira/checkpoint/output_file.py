@@ -64,9 +64,9 @@ class OutputFile:
 
     def settle(self) -> None:
         """Wait until nothing is on its way, whatever became of it."""
-        for written, hashed, _ in self._on_their_way:
-            written.exception()
-            hashed.exception()
+        # also for what an interrupt kept from being noted: each thread works in the order in which it is asked
+        for thread in (self._threads.write, self._threads.hash):
+            thread.submit(int).result()
 
     def _send(self) -> None:
         if not self._free:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hira.checkpoint.architecture import Location, architecture_of
 from hira.checkpoint.folder import ModelFolder
 from hira.checkpoint.header import Header, TensorEntry, read_tensor
 from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
+
+if TYPE_CHECKING:
+    from hira.checkpoint.architecture import Architecture
 
 CONFIG = "config.json"
 Memory = Callable[[int], Tensor]
@@ -24,6 +26,43 @@ IN_MEMORY = (
     "merge_and_unload() returns. Or save the base model with save_pretrained(..., save_original_format=False), which "
     "names tensors as the model does, and pass that folder."
 )
+
+
+# Models whose files have the parameters as the modules have them, with their model_type: nothing has to be asked of
+# transformers, whose import takes seconds, unless their embeddings change. A test compares.
+AS_IN_MODEL = {
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "GraniteForCausalLM": "granite",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Starcoder2ForCausalLM": "starcoder2",
+}
+THEIR_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class Location(NamedTuple):
+    """Where a parameter lies in files.
+
+    Args:
+        tensors: for each of the matrices that it stacks, the tensors whose rows follow one another in it; of a
+            parameter that lies in one tensor, that one.
+        stacked: whether the tensors are parts of a parameter that has one dimension more.
+    """
+
+    tensors: tuple[tuple[str, ...], ...]
+    stacked: bool = False
 
 
 class Fetch(Protocol):
@@ -110,36 +149,59 @@ class Parameters:
         self.config: dict[str, Any] = {}
         if CONFIG in folder.other_files:
             self.config = read_object(folder.file(CONFIG))
-        self._architecture = architecture_of(self.config, str(folder.path / CONFIG))
-        self.locations: dict[str, Location | None] = {name: Location(((name,),)) for name in folder.tensors}
-        if self._architecture is not None:
+        names = self.config.get("architectures")
+        name = names[0] if isinstance(names, list) and len(names) == 1 else None
+        model_type = AS_IN_MODEL.get(name) if isinstance(name, str) and "auto_map" not in self.config else None
+        self._as_in_model = (
+            model_type is not None
+            and self.config.get("model_type") == model_type
+            and all(tensor.startswith(("model.", "lm_head.")) for tensor in folder.tensors)
+        )
+        if self._as_in_model or self._architecture is None:
+            self.locations: dict[str, Location | None] = {name: Location(((name,),)) for name in folder.tensors}
+        else:
             self.locations = self._architecture.locate(folder.tensors)
+            self.locations |= dict.fromkeys(self._architecture.absent(self.locations))
 
-    def holder(self, name: str) -> str | None:
-        """The parameter in the files that holds a parameter's entries: itself, or one tied to it; None for neither."""
-        return next((other for other in (name, *self.tied(name)) if other in self.locations), None)
+    @cached_property
+    def _architecture(self) -> Architecture | None:
+        from hira.checkpoint.architecture import architecture_of
 
-    def tied(self, name: str) -> tuple[str, ...]:
-        """The parameters that share one weight with this one, it included; to the first, the others are tied."""
-        return (name,) if self._architecture is None else self._architecture.tied(name)
-
-    def name_of(self, tensor: str) -> str:
-        """The name in the model of a tensor that the files may have besides those that are there."""
-        if self._architecture is None:
-            return tensor
-        return next(iter(self._architecture.locate([tensor])))
+        return architecture_of(self.config, str(self.folder.path / CONFIG))
 
     @property
     def is_known(self) -> bool:
         """Whether the architecture is one of transformers."""
-        return self._architecture is not None
+        return self._as_in_model or self._architecture is not None
+
+    def holder(self, name: str) -> str | None:
+        """The parameter in the files that holds a parameter's entries: itself, or one tied to it; None for neither."""
+        if name in self.locations:
+            return name
+        return next((other for other in self.tied(name) if other in self.locations), None)
+
+    def tied(self, name: str) -> tuple[str, ...]:
+        """The parameters that share one weight with this one, it included; to the first, the others are tied."""
+        if (self._as_in_model and name not in THEIR_EMBEDDINGS) or self._architecture is None:
+            return (name,)
+        return self._architecture.tied(name)
 
     def embeddings(self) -> tuple[str, ...]:
         """The weights of the input and the output embeddings, as far as the architecture is known."""
+        if self._as_in_model:
+            return THEIR_EMBEDDINGS
         return () if self._architecture is None else self._architecture.embeddings()
+
+    def name_of(self, tensor: str) -> str:
+        """The name in the model of a tensor that the files may have besides those that are there."""
+        if self._as_in_model or self._architecture is None:
+            return tensor
+        return next(iter(self._architecture.locate([tensor])))
 
     def is_transposed(self, name: str) -> bool | None:
         """Whether a parameter is stored as (in, out); None where the architecture is not known."""
+        if self._as_in_model:
+            return False
         return None if self._architecture is None else self._architecture.is_transposed(name)
 
     def location(self, name: str) -> Location:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from hira.checkpoint.adapter import Adapter, Factors, TensorFile
 from hira.checkpoint.parameters import IN_MEMORY, Parameters, Rows, StoredMatrix, matrices_of
+from hira.checkpoint.quantisation import check_real
 from hira.errors import HiraError
 
 _BLOCK = 16 << 20
+# of PEFT's tasks, those of models without a head that predicts tokens
+_OTHER_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 class Use(NamedTuple):
@@ -110,8 +113,9 @@ def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Seq
         The changes, by the names of the base model's parameters.
 
     Raises:
-        HiraError: the base model lacks the parameter of a pair of factors or it is of another shape, the files have
-            another layout than the model, or two adapters bring the same parameter.
+        HiraError: the base model lacks the parameter of a pair of factors, has it quantised or in another shape, the
+            files have another layout than the model, two adapters bring the same parameter, or it cannot be told
+            which side of a square matrix is its inputs, or which weights are tied to each other.
     """
     targets: dict[str, Target] = {}
     replaced: dict[str, Replaced] = {}
@@ -130,9 +134,15 @@ def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Seq
                     "as it trained it; merge one adapter, and save the other without it."
                 )
             replaced[name] = new
+        own = {}
         for module, factors in adapter.modules.items():
             target = _target(parameters, adapter, named(module), factors, replaced)
+            own[target.name] = target
             targets.setdefault(target.name, target).uses.append(Use(factors, weight))
+        if not parameters.is_known:
+            _check_squares(parameters, adapter, own, targets)
+        if prefix:
+            _check_head(parameters, adapter, own.keys() | replaced.keys())
     if len(prefixes) > 1:
         raise HiraError(f"The adapters were made for models that name their parameters differently. {IN_MEMORY}")
     return Changes(targets, replaced, prefixes.pop())
@@ -157,6 +167,8 @@ def _naming(parameters: Parameters, adapter: Adapter) -> tuple[Callable[[str], s
         absent = [module for module in modules if not _candidates(parameters, adapter, named(module))]
         if not absent:
             return named, prefix
+        for module in absent:
+            check_real(parameters, module, _names(adapter, named(module)))
         missing = missing or absent
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     raise HiraError(
@@ -168,15 +180,20 @@ def _naming(parameters: Parameters, adapter: Adapter) -> tuple[Callable[[str], s
 
 def _candidates(parameters: Parameters, adapter: Adapter, module: str) -> list[str]:
     """The parameters of the base model that a module's factors may be on."""
+    return [name for name in _names(adapter, module) if parameters.holder(name) is not None]
+
+
+def _names(adapter: Adapter, module: str) -> list[str]:
+    """The names that they may have."""
     plain = module.replace(".base_layer", "")
-    names = (*_targeted(adapter, plain), f"{plain}.weight", f"{plain}.in_proj_weight")
-    return [name for name in dict.fromkeys(names) if parameters.holder(name) is not None]
+    return list(dict.fromkeys((*_targeted(adapter, plain), f"{plain}.weight", f"{plain}.in_proj_weight")))
 
 
 def _targeted(adapter: Adapter, module: str) -> list[str]:
     """The parameters of a module that an adapter's `target_parameters` name."""
     ends = adapter.config.get("target_parameters")
-    names = [(f"{module}.{end.rpartition('.')[2]}", end) for end in ends] if isinstance(ends, list) else []
+    ends = [end for end in ends if isinstance(end, str)] if isinstance(ends, list) else []
+    names = [(f"{module}.{end.rpartition('.')[2]}", end) for end in ends]
     return [name for name, end in names if f".{name}".endswith(f".{end}")]
 
 
@@ -185,6 +202,7 @@ def _target(
 ) -> Target:
     """The parameter that a module's factors are on."""
     names = _candidates(parameters, adapter, module)
+    check_real(parameters, module, _names(adapter, module))
     shapes = {name: replaced[name].shape if name in replaced else parameters.shape(name) for name in names}
     by_name = _targeted(adapter, module.replace(".base_layer", ""))
     fitting: list[Target] = []
@@ -217,6 +235,35 @@ def _fitting(name: str, shape: tuple[int, ...], factors: Factors, known: bool | 
     experts = shape[0] if len(shape) == 3 else None
     ways = {False: (B[0], A[1]), True: (A[1], B[0])}
     return [Target(name, experts, way) for way, ends in ways.items() if shape[-2:] == ends and known in (None, way)]
+
+
+def _check_squares(
+    parameters: Parameters, adapter: Adapter, own: Mapping[str, Target], targets: Mapping[str, Target]
+) -> None:
+    """Refuse square matrices where `fan_in_fan_out` is not true of the adapter's other matrices, or another adapter."""
+    said = bool(adapter.config.get("fan_in_fan_out"))
+    matrices = [name for name in own if targets[name].uses[0].factors.kind == "matrix" and own[name].experts is None]
+    shapes = {name: parameters.shape(name) for name in matrices}
+    square = next((name for name, shape in shapes.items() if shape[0] == shape[1]), None)
+    other = next((name for name in shapes if {own[name].transposed, targets[name].transposed} != {said}), None)
+    if square is not None and other is not None:
+        raise HiraError(
+            f"Whether {square} {shapes[square]} of {parameters.folder.path} is stored as (in, out) cannot be told: the "
+            f"adapter {adapter.path} says fan_in_fan_out {said}, {other} {shapes[other]} is otherwise, and the "
+            f"architecture is not one that this transformers has. {IN_MEMORY}"
+        )
+
+
+def _check_head(parameters: Parameters, adapter: Adapter, names: Collection[str]) -> None:
+    """Refuse to change embeddings to which the head is tied that only the adapter's model has."""
+    table = next((table for table in parameters.embeddings() if table in names), None)
+    ties = parameters.config.get("tie_word_embeddings", True) and adapter.config.get("task_type") not in _OTHER_HEADS
+    if table is not None and ties:
+        raise HiraError(
+            f"The adapter {adapter.path} is of a model with a head, which may share the weight {table} with it, and "
+            f"{parameters.folder.path} is without that head. Pass the base model with its head; or, if there is "
+            f"none that predicts tokens, set the adapter's task_type to one of {', '.join(_OTHER_HEADS)}."
+        )
 
 
 def _matrices(use: Use) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,19 @@ def column_blocks(W0: Tensor) -> Iterator[slice]:
 
 
 def block(
-    W0: Tensor, by: Modulation, workspace: Workspace, rows: slice = slice(None), columns: slice = slice(None)
+    W0: Tensor,
+    by: Modulation,
+    workspace: Workspace,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    *,
+    alone: bool = False,
 ) -> Tensor:
-    """Return ``W0 * (1 + BA)`` for some rows and columns W0 of a weight, rounded once; in the workspace's memory."""
+    """Return ``W0 * (1 + BA)`` for some rows and columns W0 of a weight, rounded once; in the workspace's memory.
+
+    With `alone`, what is not the product is done by one thread, for a caller whose other threads need the other cores:
+    the entries are the same, which those of a product by one thread need not be.
+    """
     A, B = by.A[:, columns], by.B[rows]
     noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
     if paths.triton(W0):
@@ -93,7 +103,12 @@ def block(
 
         return cuda.form(W0, A, B, workspace.dtype, update_only=by.update_only, noise=noise)
     exact = torch.mm(B, A, out=workspace.exact(W0))
-    rounded = workspace.rounded(W0)
+    with paths.one_thread() if alone else nullcontext():
+        return _multiplied(exact, W0, workspace.rounded(W0), noise)
+
+
+def _multiplied(exact: Tensor, W0: Tensor, rounded: Tensor, noise: Noise | None) -> Tensor:
+    """Multiply a block by W0's entries and round it, a chunk that stays in the processor's cache at a time."""
     if rounded.dtype == exact.dtype:
         return exact.mul_(W0)
     for chunk in paths.chunks(exact):

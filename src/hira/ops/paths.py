@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ def chunks(matrix: Tensor) -> Iterator[slice]:
     rows, columns = matrix.shape
     step = max(1, CPU_CHUNK_ENTRIES // max(columns, 1)) if matrix.device.type == "cpu" else max(rows, 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have operations on a CPU run in this thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def transposed(x: Tensor) -> bool:
