@@ -19,6 +19,7 @@ COMMANDS = sorted((SOURCE.parent / "hira_cli").glob("*.py"))
 LAYERS = [
     ["errors"],
     ["ops", "offload"],
+    ["checkpoint"],
     ["config", "transaction", "inference_cache", "stand_in", "lazy_weight", "sharding", "inside"],
     ["weights", "tensor_parallel"],
     ["merging", "sharded_layer", "storages"],
@@ -29,7 +30,6 @@ LAYERS = [
     ["model"],
     ["mixed"],
     ["registration"],
-    ["checkpoint"],
     [""],
     ["bench"],
     ["__main__"],
@@ -53,9 +53,10 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
-    """The absolute names of what a file imports; not in functions, unless everywhere."""
+    """The absolute names of what a file imports; not in functions or for types alone, unless everywhere."""
     tree = ast.parse(path.read_text())
-    inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) or _is_for_types(node)]
+    inside = {node for part in later for node in ast.walk(part)}
     names = set()
     for node in ast.walk(tree):
         if node in inside and not everywhere:
@@ -66,6 +67,10 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
             assert node.level == 0, f"{path} has a relative import, which this test does not follow"
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def within(names: set[str]) -> set[str]:
