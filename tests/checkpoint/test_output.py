@@ -15,8 +15,8 @@ import pytest
 
 from hira.checkpoint import output as output_module
 from hira.checkpoint import swap
-from hira.checkpoint.manifest import MANIFEST, verify
-from hira.checkpoint.output import STATE, Output
+from hira.checkpoint.manifest import MANIFEST, STATE, verify
+from hira.checkpoint.output import Output
 from hira.errors import HiraError
 
 

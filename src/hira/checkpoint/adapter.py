@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hira.checkpoint.header import Header, read_header, read_tensor
+from hira.checkpoint.header import Header, all_finite, read_header, read_tensor
 from hira.checkpoint.links import inside, opened_folder
 from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
@@ -102,7 +102,7 @@ class Adapter:
         """Raise a HiraError that names the first tensor with a NaN or an infinity, reading all."""
         for name, tensor in self.tensors.items():
             tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise HiraError(
                     f"tensor {name!r} of the adapter {self.path} has a NaN or an infinity; its training diverged, or "
                     "the file is damaged. Take an earlier checkpoint."

@@ -83,7 +83,9 @@ class Changed:
         pieces = [Piece(matrix, slice(None), partial(self._pair, name, e)) for e, matrix in enumerate(matrices)]
 
         def planned(tensor: str, shape: tuple[int, ...], pieces: list[Piece]) -> Planned:
-            content = Modulated(name, tuple(pieces), target.transposed, stored, dtype, dither)
+            content = Modulated(
+                f"{name} of {parameters.folder.path}", tuple(pieces), target.transposed, stored, dtype, dither
+            )
             return Planned(entry_of(tensor, dtype, shape), content)
 
         location = parameters.location(name)
@@ -150,11 +152,14 @@ class Changed:
         if dtype is None or entry.code not in _CONVERTED or entry.dtype == dtype:
             return Planned(replace(entry, name=name), Copied(header, entry.name))
         (matrix,) = matrices_of(header, entry)
-        return Planned(entry_of(name, dtype, entry.shape), Converted(matrix, dtype))
+        return Planned(
+            entry_of(name, dtype, entry.shape), Converted(f"tensor {entry.name!r} of {header.path}", matrix, dtype)
+        )
 
     def _brought(self, tensor: str, new: Replaced, dtype: torch.dtype) -> Planned:
         dtype = (self._options.dtype or dtype) if new.dtype in FLOATS else new.dtype
-        return Planned(entry_of(tensor, dtype, new.shape), Converted(new.matrix(), dtype))
+        name = f"tensor {new.key!r} of {new.adapter.path}"
+        return Planned(entry_of(tensor, dtype, new.shape), Converted(name, new.matrix(), dtype))
 
     def _pair(self, name: str, e: int) -> tuple[Tensor, Tensor]:
         return self._factors(name)[e]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hira.checkpoint.header import Header, TensorEntry, read_header
 from hira.checkpoint.links import check_basename, inside, opened_folder
-from hira.checkpoint.manifest import MANIFEST
+from hira.checkpoint.manifest import MANIFEST, STATE, check_relative
 from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
 
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 # Other copies of the weights: beside a changed model they would be those of the old one.
 WEIGHTS = frozenset({".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite"})
-_NOT_COPIED = frozenset({".git", ".cache", "__pycache__", MANIFEST, SINGLE, INDEX})
+_NOT_COPIED = frozenset({".git", ".cache", "__pycache__", MANIFEST, STATE, f"{STATE}.new", SINGLE, INDEX})
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _other_files(root: Path, shards: dict[str, Header]) -> tuple[list[str], dict
     """The files to be copied, and those not to be with the reasons, by their paths in the folder."""
     found: list[str] = []
     skipped: dict[str, str] = {}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files) + links:
@@ -148,6 +148,10 @@ def _other_files(root: Path, shards: dict[str, Header]) -> tuple[list[str], dict
             elif suffix in WEIGHTS or name.endswith(".safetensors.index.json"):
                 skipped[path] = "another copy of the weights"
             else:
-                inside(root, path)
+                inside(root, check_relative(path, f"a file in {root}"))
                 found.append(path)
     return found, skipped
+
+
+def _unreadable(error: OSError) -> None:
+    raise HiraError(f"{error.filename} cannot be read: {error.strerror}.") from error

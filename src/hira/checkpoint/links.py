@@ -17,6 +17,8 @@ def opened_folder(path: str | os.PathLike[str], what: str) -> Path:
         raise HiraError(f"{what} {str(path)!r} is not a folder here; download it first, and pass its path.") from error
     if not root.is_dir():
         raise HiraError(f"{what} {str(path)!r} is not a folder; pass the folder that holds the files.")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise HiraError(f"{what} {str(path)!r} cannot be read: permission denied.")
     return root
 
 

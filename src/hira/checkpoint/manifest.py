@@ -15,6 +15,7 @@ from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
 
 MANIFEST = "hira-manifest.json"
+STATE = ".hira-state.json"  # what was finished of a folder that is being written
 _BLOCK = 4 << 20
 
 

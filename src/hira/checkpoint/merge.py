@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from hira.checkpoint.adapter import Adapter, read_adapter
+from hira.checkpoint.adapter import PICKLE, TENSORS, Adapter, read_adapter
 from hira.checkpoint.changed import Options, Rounding
+from hira.checkpoint.contents import Workers
 from hira.checkpoint.folder import ModelFolder, read_folder
 from hira.checkpoint.header import header_bytes
-from hira.checkpoint.manifest import record_of
-from hira.checkpoint.merge_plan import Plan, Shard, plan_of
+from hira.checkpoint.merge_plan import Plan, plan_of
 from hira.checkpoint.model_card import CARD, card, dtype_name, name_of, quoted
 from hira.checkpoint.output import Output
-from hira.checkpoint.output_file import OutputFile
 from hira.checkpoint.parameters import CONFIG, Parameters
 from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError
@@ -126,14 +125,14 @@ def merge_checkpoint(
     factors = _weights(folders, weights)
     options = Options(_dtype(dtype), _rounding(rounding), _limit(max_shard_size))
     model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
+    parameters = Parameters(model)
     output = Output(
         out,
         overwrite,
         [model.path, *(adapter.path for adapter in found)],
-        job=_job(model, found, factors, options),
+        job=_job(parameters, found, factors, options),
     )
     output.check_target()
-    parameters = Parameters(model)
     plan = plan_of(parameters, changes_of(parameters, found, factors), options)
     for adapter in found:
         adapter.check_finite()
@@ -172,27 +171,21 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
         if progress is not None:
             progress(done, plan.nbytes)
 
-    for shard in plan.shards:
-        if output.resumed(shard.name):
-            resumed.append(shard.name)
-            advance(shard.nbytes)
-            continue
-        if shard.source is not None:
-            output.copy(shard.source.path, shard.name, shard.source.size)
-            advance(shard.nbytes)
-            continue
-        with output.create(shard.name) as file:
-            _write_shard(file, shard, advance)
+    with Workers() as workers:
+        for shard in plan.shards:
+            if output.resumed(shard.name):
+                resumed.append(shard.name)
+                advance(shard.nbytes)
+            elif shard.source is not None:
+                output.copy(shard.source.path, shard.name, shard.source.size)
+                advance(shard.nbytes)
+            else:
+                with output.create(shard.name) as file:
+                    file.write(header_bytes((tensor.entry for tensor in shard.tensors), shard.metadata or None))
+                    for data in workers.made(part for tensor in shard.tensors for part in tensor.content.parts()):
+                        file.write(data)
+                        advance(len(data))
     return resumed
-
-
-def _write_shard(file: OutputFile, shard: Shard, advance: Callable[[int], None]) -> None:
-    metadata = shard.metadata or None
-    file.write(header_bytes((tensor.entry for tensor in shard.tensors), metadata))
-    for tensor in shard.tensors:
-        for chunk in tensor.content.chunks():
-            file.write(chunk)
-            advance(len(chunk))
 
 
 def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -> None:
@@ -240,25 +233,31 @@ def _card(
     return card(f"{quoted(base)} with {', '.join(map(quoted, names))}", text, facts, command, base, ("hira", "merged"))
 
 
-def _job(model: ModelFolder, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> str:
-    """A hash of all that the files of weights depend on; of the base model's files it takes sizes and times."""
-    files = [
-        (model.path / CONFIG, "hash"),
-        *((header.path, None) for header in model.shards.values()),
-        *((adapter.path / name, "hash") for adapter in adapters for name in sorted(os.listdir(adapter.path))),
+def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> str:
+    """A hash of all that the files of weights depend on; of files with tensors it takes sizes and times."""
+    facts: list[Any] = [
+        *map(version, ("hira", "transformers", "torch")),
+        [*weights],
+        *map(str, options),
+        base.folder.index,
     ]
-    facts: list[Any] = [*map(version, ("hira", "transformers", "torch")), [*weights], *map(str, options), model.index]
-    for path, how in files:
-        if path.is_file():
+    facts += [base.config, *(adapter.config for adapter in adapters)]
+    files = [header.path for header in base.folder.shards.values()]
+    files += [adapter.path / name for adapter in adapters for name in (TENSORS, PICKLE)]
+    for path in files:
+        if path.exists():
             status = path.stat()
-            facts.append([str(path), record_of(path).sha256 if how else [status.st_size, status.st_mtime_ns]])
+            facts.append([str(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> list[float]:
     if not adapters:
         raise HiraError("there is no adapter to merge; pass the folder of at least one.")
-    found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    try:
+        found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError, OverflowError):  # no sequence, no numbers, or one that no float can hold
+        found = []
     if len(found) != len(adapters) or not all(math.isfinite(weight) for weight in found):
         raise HiraError(f"weights must be a finite number for each of the {len(adapters)} adapters, not {weights}.")
     return found

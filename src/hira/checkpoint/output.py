@@ -9,14 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from hira.checkpoint.manifest import MANIFEST, FileRecord, check_relative, files_of, record_of, records_of
+from hira.checkpoint.manifest import MANIFEST, STATE, FileRecord, check_relative, files_of, record_of, records_of
 from hira.checkpoint.manifest import records_to_json as to_json
 from hira.checkpoint.output_file import BLOCK, OutputFile, Threads
 from hira.checkpoint.strict_json import read_object
 from hira.checkpoint.swap import exchange, explained, locked, sync
 from hira.errors import HiraError
-
-STATE = ".hira-state.json"
 
 PathLike = str | os.PathLike[str]
 

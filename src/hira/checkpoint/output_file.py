@@ -7,10 +7,14 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 from hira.checkpoint.manifest import FileRecord
 from hira.checkpoint.swap import start_writing
 
 BLOCK = 8 << 20
+Block = npt.NDArray[np.uint8]
 _BLOCKS = 3  # one that is filled, and others that are on their way
 
 
@@ -19,7 +23,7 @@ class Threads:
 
     def __init__(self) -> None:
         self.write, self.hash = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.memory = [memoryview(bytearray(BLOCK)) for _ in range(_BLOCKS)]
+        self.memory = [np.empty(BLOCK, np.uint8) for _ in range(_BLOCKS)]
 
     def shutdown(self) -> None:
         """End the threads."""
@@ -40,16 +44,16 @@ class OutputFile:
         self._digest = hashlib.sha256()
         self._free = list(threads.memory)
         self._block, self._filled = self._free.pop(), 0
-        self._on_their_way: deque[tuple[Future[None], Future[None], memoryview]] = deque()
+        self._on_their_way: deque[tuple[Future[None], Future[None], Block]] = deque()
         self.size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes, all of them; they may change once this returns. An error may be one of an earlier write."""
-        view = memoryview(data).cast("B")
+        view = np.frombuffer(data, np.uint8)
         self.size += len(view)
-        while view:
+        while len(view):
             part = view[: BLOCK - self._filled]
-            self._block[self._filled : self._filled + len(part)] = part
+            self._block[self._filled : self._filled + len(part)] = part  # other threads run meanwhile
             self._filled += len(part)
             view = view[len(part) :]
             if self._filled == BLOCK:
@@ -72,7 +76,7 @@ class OutputFile:
         if not self._free:
             self._receive()
         block, self._block = self._block, self._free.pop()
-        data, self._filled = block[: self._filled], 0
+        data, self._filled = block[: self._filled].data, 0
         written = self._threads.write.submit(self._write_out, data)
         self._on_their_way.append((written, self._threads.hash.submit(self._digest.update, data), block))
 

@@ -9,6 +9,7 @@ from typing import Any
 from hira.errors import HiraError
 
 MAX_BYTES = 100_000_000  # safetensors' own limit for a header
+MAX_DEPTH = 100
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         The object. All its keys and strings can be written as UTF-8 again.
 
     Raises:
-        HiraError: it is not UTF-8, not JSON or not an object, or has a key twice.
+        HiraError: it is not UTF-8, not JSON or not an object, has a key twice, or is nested too deep.
     """
     try:
         text = data.decode()
@@ -43,6 +44,10 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise HiraError(f"{what} is not JSON ({error}), so it is damaged; get the file anew.") from error
+    if _depth(value) > MAX_DEPTH:
+        raise HiraError(
+            f"{what} is nested more than {MAX_DEPTH} deep, which no honest file of its kind is; get it anew."
+        )
     if not isinstance(value, dict):
         raise HiraError(f"{what} holds a {type(value).__name__} where an object was expected; get the file anew.")
     return value
@@ -71,6 +76,15 @@ def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     if len(data) > limit:
         raise HiraError(f"{path} has more than {limit} bytes, which no honest file of its kind has; get it anew.")
     return parse_object(data, str(path))
+
+
+def _depth(value: Any) -> int:
+    """How deep objects and lists are nested, level by level."""
+    depth, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        level = [part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole)]
+        depth += 1
+    return depth
 
 
 def _refuse_constant(constant: str) -> None:
