@@ -166,7 +166,7 @@ def test_env(done):
     assert rows["triton"] == "not installed" or rows["triton"][0].isdigit()
 
 
-@pytest.mark.parametrize("name", ["", "run", "env", "bench", "inspect", "verify", "convert"])
+@pytest.mark.parametrize("name", ["", "run", "env", "bench", "merge", "inspect", "verify", "convert"])
 def test_help_waits_for_nothing(name):
     """Importing hira takes seconds, so help must not; the fastest of three runs, which another process may slow."""
     command = name.split()

@@ -19,7 +19,7 @@ import torch
 from hira.checkpoint.adapter import PICKLE, TENSORS, Adapter, read_adapter
 from hira.checkpoint.changed import Options, Rounding
 from hira.checkpoint.contents import Workers
-from hira.checkpoint.folder import ModelFolder, read_folder
+from hira.checkpoint.folder import INDEX, ModelFolder, read_folder
 from hira.checkpoint.header import header_bytes
 from hira.checkpoint.merge_plan import Plan, plan_of
 from hira.checkpoint.model_card import CARD, card, dtype_name, name_of, quoted
@@ -191,7 +191,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
 def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -> None:
     """Write what is beside the weights."""
     if plan.index is not None:
-        output.write(str(model.index or "model.safetensors.index.json"), _json(plan.index))
+        output.write(INDEX, _json(plan.index))
     for name in model.other_files:
         if name == CONFIG and plan.config is not None:
             output.write(name, _json(plan.config))
