@@ -39,7 +39,8 @@ class Workers:
     """Two threads that make parts: while one computes, the other reads, and the caller hashes and writes."""
 
     def __init__(self) -> None:
-        self._threads = [ThreadPoolExecutor(1) for _ in range(2)]
+        count = torch.get_num_threads()
+        self._threads = [ThreadPoolExecutor(1, initializer=_begin, initargs=(count,)) for _ in range(2)]
 
     def __enter__(self) -> Workers:
         return self
@@ -170,6 +171,12 @@ class Modulated:
             f"W0 * (1 + BA) of {self.name} is not finite in {self.dtype}: the base model's weight is damaged, or the "
             "adapter's update too large for the dtype."
         )
+
+
+def _begin(threads: int) -> None:
+    """Give a new thread its number of PyTorch's threads; by itself it would take what another one has just set."""
+    torch.get_num_threads()  # where PyTorch takes it
+    torch.set_num_threads(threads)
 
 
 def _memory(nbytes: int) -> Tensor:

@@ -49,7 +49,7 @@ def chunks(matrix: Tensor) -> Iterator[slice]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have operations on a CPU run in this thread alone."""
+    """Have operations on a CPU run in this thread alone; threads that begin meanwhile may be given one thread too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
