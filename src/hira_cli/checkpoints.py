@@ -162,7 +162,9 @@ def inspect(
         if json:
             print(report_table.to_json(report))
         else:
-            Console().print(report_table.table(report))
+            console = Console()
+            # where there is no terminal, no column is to be cut for its width
+            (console if console.is_terminal else Console(width=240)).print(report_table.table(report))
         if plot is not None:
             report_table.plot(report, plot)
         if html is not None:
@@ -177,29 +179,38 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fold
         problems = manifest.verify(folder)
     for problem in problems:
         print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{folder}: every file is what it was when hira wrote it")
     raise typer.Exit(1 if problems else 0)
 
 
 @contextmanager
 def _failing() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
-    _leave_peft_out()
-    from hira.errors import HiraError
+    with _without_peft():
+        from hira.errors import HiraError
 
-    try:
-        yield
-    except HiraError as error:
-        print(f"hira: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        try:
+            yield
+        except HiraError as error:
+            print(f"hira: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
 
 
-def _leave_peft_out() -> None:
+@contextmanager
+def _without_peft() -> Iterator[None]:
     """Let `hira.checkpoint` be imported without what is for PEFT, whose import takes longer than many a command."""
     spec = find_spec("hira")
-    if "hira" not in sys.modules and spec is not None:
-        package = ModuleType("hira")
-        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
-        sys.modules["hira"] = package
+    if "hira" in sys.modules or spec is None:
+        yield
+        return
+    package = ModuleType("hira")
+    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
+    sys.modules["hira"] = package
+    try:
+        yield
+    finally:
+        del sys.modules["hira"]  # who imports it after the command gets all of it
 
 
 @contextmanager

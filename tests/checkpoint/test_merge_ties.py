@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from hira import HiraError
+from hira import HiraError, merge_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -219,3 +219,40 @@ def test_two_adapters_that_bring_the_same_parameter(tmp_path):
     save_file({**load_file(second), head: load_file(first)[head]}, second)
     _, out = folders.merge()
     assert torch.equal(tensors_of(out)[HEAD], load_file(first)[head])
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(untied, ["lm_head"]), (untied, ["embed_tokens"]), (tied, ["lm_head"])],
+    ids=["head", "embedding", "tied head"],
+)
+def test_a_vocabulary_of_another_size_on_one_side_only(make, targets, tmp_path):
+    """PEFT saves the table that is adapted and not the other, which is in the trained model alone."""
+    base = make()
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(40)
+    peft.get_peft_model(base, hira_config(*targets)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(HiraError, match=r"has a vocabulary of 40 instead of \d+, but brings only some of .*lm_head"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_tied_parameter_that_is_brought_gets_the_dtype_of_the_model(saved, tmp_path):
+    base = tied().bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    config = hira_config("q_proj", modules_to_save=[saved])
+    peft.get_peft_model(base.float(), config).save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "out").items()}
+    assert dtypes["lm_head.weight"] == dtypes["model.embed_tokens.weight"] == torch.bfloat16
+
+
+def test_a_parameter_that_only_another_model_can_have(tmp_path):
+    base = untied()
+    base.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(base, hira_config("q_proj")).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(HiraError, match=r"brings model.layers.7.mlp.up_proj.weight, which .* of another model"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -217,6 +217,18 @@ def test_an_interrupted_job_goes_on(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_job_that_is_interrupted_before_it_goes_on_keeps_its_files(tmp_path, monkeypatch):
+    interrupted(tmp_path / "out")
+    staged = tmp_path / ".out.hira-staging"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(output_module, "record_of", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with Output(tmp_path / "out", job="job") as out:
+            out.resumed("a")
+    assert sorted(os.listdir(staged)) == [STATE, "a", "b"]
+    with Output(tmp_path / "out", job="job") as out:
+        assert [out.resumed(name) for name in "ab"] == [True, True]
+
+
 @pytest.mark.parametrize("job", ["other", None])
 def test_another_job_starts_anew(tmp_path, job):
     interrupted(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _MAX_CONFIG = 10_000_000
+_PIECE = 1 << 22  # entries that are looked at at a time
 _PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B"}
 
 Kind = Literal["matrix", "embedding", "convolution"]
@@ -100,9 +102,8 @@ class Adapter:
 
     def check_finite(self) -> None:
         """Raise a HiraError that names the first tensor with a NaN or an infinity, reading all."""
-        for name, tensor in self.tensors.items():
-            tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
-            if not all_finite(tensor):
+        for name in self.tensors:
+            if not all(map(all_finite, _pieces(self.tensors, name))):
                 raise HiraError(
                     f"tensor {name!r} of the adapter {self.path} has a NaN or an infinity; its training diverged, or "
                     "the file is damaged. Take an earlier checkpoint."
@@ -191,7 +192,7 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
     Raises:
         HiraError: a tensor is not of HiRA's, A or B lacks the other, or their ranks differ.
     """
-    described = _described(tensors)
+    described = dtypes_and_shapes(tensors)
     modules: dict[str, Factors] = {}
     others: dict[str, str] = {}
     for key, (dtype, _) in described.items():
@@ -220,7 +221,18 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
     return modules, others
 
 
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """A tensor's entries, not all at once where they are in a file; float8 as float32, in which they can be summed."""
+    if isinstance(tensors, TensorFile):
+        count = math.prod(tensors.header.entry(name).shape)
+        starts = range(0, count, _PIECE)
+        pieces = (read_tensor(tensors.header, name, slice(start, start + _PIECE), (count,)) for start in starts)
+    else:
+        pieces = (tensor for tensor in (tensors[name],))
+    return (piece.float() if piece.itemsize == 1 else piece for piece in pieces)
+
+
+def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtype and shape of each tensor, of which those in a file are not read."""
     if isinstance(tensors, TensorFile):
         return {name: (entry.dtype, entry.shape) for name, entry in tensors.header.entries.items()}

@@ -107,7 +107,9 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture | Non
     model_type = config.get("model_type")
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    if model_class is None or not known or config.get("auto_map"):
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        return None
+    if not known or config.get("auto_map"):
         return None
     try:
         with torch.device("meta"):
@@ -135,6 +137,7 @@ def _location(parts: Mapping[str | None, list[str]], converters: Mapping[str, An
     return Location(tuple(zip(*sources, strict=True)), stacked=True)
 
 
-def _numerically(name: str) -> list[tuple[bool, Any]]:
+def _numerically(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers in names by their value."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts)]

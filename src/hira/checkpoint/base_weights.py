@@ -27,7 +27,7 @@ class BaseWeights:
 
     def __init__(self, base: str | os.PathLike[str], adapter: Adapter) -> None:
         self._parameters, self._adapter = Parameters(read_folder(base)), adapter
-        self._changes = changes_of(self._parameters, [adapter], [1.0])
+        self._changes = changes_of(self._parameters, [adapter], [1.0], merging=False)
         self._targets = {use.factors.keys: target for target in self._changes.targets.values() for use in target.uses}
 
     def name(self, module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.checkpoint.adapter import FLOATS
+from hira.checkpoint.adapter import FLOATS, TensorFile
 from hira.checkpoint.contents import Content, Converted, Copied, Modulated, Piece
 from hira.checkpoint.header import Header, TensorEntry, entry_of
 from hira.checkpoint.parameters import IN_MEMORY, Parameters, matrices_of
@@ -78,6 +78,9 @@ class Changed:
         dtype = self._options.dtype or stored
         dither = self._dither(name, stored, dtype)
         new = self._changes.replaced.get(name)
+        if new is not None:
+            self._check_shape(name, new)
+        shape = parameters.shape(name) if new is None else new.shape
         stacked = target.experts is not None
         matrices = parameters.matrices(name, stacked) if new is None else [new.matrix()]
         pieces = [Piece(matrix, slice(None), partial(self._pair, name, e)) for e, matrix in enumerate(matrices)]
@@ -91,11 +94,10 @@ class Changed:
         location = parameters.location(name)
         if name not in parameters.locations:  # it shares a weight that is in the files under another name
             tensor = self._name_of_new(name)
-            self.added[tensor] = planned(tensor, parameters.shape(name), pieces)
+            self.added[tensor] = planned(tensor, shape, pieces)
             self.merged.append(tensor)
         elif not location.stacked:
             ((tensor,),) = location.tensors
-            shape = parameters.shape(name) if new is None else new.shape
             self.changed[tensor] = planned(tensor, shape, pieces)
             self.merged.append(tensor)
         else:
@@ -111,10 +113,14 @@ class Changed:
         """Put a parameter that an adapter brings in the place of the base model's, or beside it."""
         parameters = self._parameters
         if name not in parameters.locations:
-            tensor = self._name_of_new(name)
-            self.added[tensor] = self._brought(tensor, new, new.dtype)
+            tensor, dtype = self._name_of_new(name), new.dtype
             if parameters.holder(name) is None:
+                self._check_new(name, new)
                 self.notes.append(f"{tensor} is new: load the merged model by a class that has it, with its sizes")
+            else:
+                self._check_shape(name, new)
+                dtype = parameters.dtype(name)
+            self.added[tensor] = self._brought(tensor, new, dtype)
             return
         location = parameters.location(name)
         if location.stacked or len(location.tensors[0]) > 1:
@@ -158,6 +164,9 @@ class Changed:
 
     def _brought(self, tensor: str, new: Replaced, dtype: torch.dtype) -> Planned:
         dtype = (self._options.dtype or dtype) if new.dtype in FLOATS else new.dtype
+        tensors = new.adapter.tensors
+        if new.dtype == dtype and isinstance(tensors, TensorFile):
+            return Planned(entry_of(tensor, dtype, new.shape), Copied(tensors.header, new.key))
         name = f"tensor {new.key!r} of {new.adapter.path}"
         return Planned(entry_of(tensor, dtype, new.shape), Converted(name, new.matrix(), dtype))
 
@@ -201,12 +210,25 @@ class Changed:
                 f"The adapter {new.adapter.path} brings {name} as {new.shape}, which is {shape} in "
                 f"{parameters.folder.path}: it is of another model, or of this one with other sizes."
             )
-        if any(table not in self._changes.replaced for table in tables):
+        # W0 of a target is also that of the tables that share it
+        brought = {name for name in self._changes.targets if name in self._changes.replaced}
+        shared = {other for name in brought & parameters.locations.keys() for other in parameters.tied(name)}
+        if any(table not in self._changes.replaced and table not in shared for table in tables):
             raise HiraError(
                 f"The adapter {new.adapter.path} has a vocabulary of {new.shape[0]} instead of {shape[0]}, "
                 f"but brings only some of {', '.join(tables)}; the others are in the trained model alone. {IN_MEMORY}"
             )
         self.notes.append(f"{name} has {new.shape[0]} rows, not {shape[0]}: use the tokenizer of the adapter")
+
+    def _check_new(self, name: str, new: Replaced) -> None:
+        """Refuse a parameter that only another model can have, not this one with another head."""
+        parameters = self._parameters
+        own = {other.partition(".")[0] for other in parameters.locations}
+        if parameters.is_known and name.partition(".")[0] in own:
+            raise HiraError(
+                f"The adapter {new.adapter.path} brings {name}, which {parameters.folder.path} does not have: it is of "
+                f"another model. If it is not: {IN_MEMORY}"
+            )
 
     def _name_of_new(self, name: str) -> str:
         """The name in the files of a parameter that they lack, once it is sure to be found there."""

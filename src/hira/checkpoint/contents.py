@@ -94,7 +94,8 @@ class Converted(NamedTuple):
         with one_thread():
             exact = self.matrix.read(rows, _memory)
             converted = exact.to(self.dtype)
-            if not all_finite(converted) and bool((exact.isfinite() & ~converted.isfinite()).any()):
+            lost = converted is not exact and not all_finite(converted)
+            if lost and bool((exact.isfinite() & ~converted.isfinite()).any()):
                 raise HiraError(f"{self.name} has numbers that are too large for {self.dtype}; choose another dtype.")
             return tensor_bytes(converted)
 
@@ -139,7 +140,7 @@ class Modulated:
             if self.transposed:
                 yield partial(self._transposed, piece)
                 continue
-            like = torch.empty(1, 1, dtype=self.stored).expand(piece.matrix.shape)
+            like = torch.empty(1, 1, dtype=self.stored, device="cpu").expand(piece.matrix.shape)
             by = modulation(like, *piece.factors(), self.dtype, dither=self.dither)
             first, last, _ = piece.rows.indices(piece.matrix.shape[0])
             for rows in row_blocks(like):

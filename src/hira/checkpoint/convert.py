@@ -112,7 +112,7 @@ def convert_adapter(
     with output:
         output.write(CONFIG, (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
         _write_tensors(output, tensors)
-        output.write(CARD, _card(found.path, result, source, config.get("base_model_name_or_path")))
+        output.write(CARD, _card(found.path, result, source, fold, config.get("base_model_name_or_path")))
     return result
 
 
@@ -168,7 +168,7 @@ def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor_bytes(tensors[entry.name]))
 
 
-def _card(path: Path, result: Conversion, source: str | None, base: Any) -> bytes:
+def _card(path: Path, result: Conversion, source: str | None, fold: bool, base: Any) -> bytes:
     """The model card."""
     method, lora = "LoRA" if result.lora else "HiRA", result.lora
     origin = "the HiRA paper's repository" if source else "PEFT's HiRA"
@@ -181,7 +181,7 @@ def _card(path: Path, result: Conversion, source: str | None, base: Any) -> byte
         facts["largest of a layer"] = f"{worst.relative_error:.6g}, {quoted(worst.name)}"
         command += ["--to", "lora", "--rank", str(lora.rank), "--base", "BASE"]
         text = [lora.statement]
-    elif source is None:
+    if fold:
         command += ["--fold"]
     base = base if isinstance(base, str) else None
     return card(f"{method} of rank {result.rank}", text, facts, command, base, (method.lower(),), "peft")

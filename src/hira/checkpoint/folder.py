@@ -143,7 +143,9 @@ def _other_files(root: Path, shards: dict[str, Header]) -> tuple[list[str], dict
             suffix = Path(name).suffix.lower()
             if path in shards or path in _NOT_COPIED:
                 continue
-            if suffix in PICKLES:
+            if path == "adapter_config.json":
+                skipped[path] = "of an adapter, which would be loaded with the model"
+            elif suffix in PICKLES:
                 skipped[path] = "a pickle"
             elif suffix in WEIGHTS or name.endswith(".safetensors.index.json"):
                 skipped[path] = "another copy of the weights"

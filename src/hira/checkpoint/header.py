@@ -221,7 +221,7 @@ def read_tensor(
         row = (end - begin) // shape[0] if shape[0] else 0
         begin, shape = begin + start * row, (count, *shape[1:])
         end = begin + count * row
-    data = torch.empty(end - begin, dtype=torch.uint8) if memory is None else memory(end - begin)
+    data = torch.empty(end - begin, dtype=torch.uint8, device="cpu") if memory is None else memory(end - begin)
     with _opened(header) as file:
         _fill(file, begin, data.numpy().data, header, name)
     return data.view(dtype).reshape(shape)

@@ -93,7 +93,8 @@ def merge_checkpoint(
     Tensors are read, formed and written a block at a time, W' by the function by which the layers form it: the files
     have what `merge_and_unload` gives, bit for bit. All else comes along: other tensors as bytes, the layout of shards,
     configuration, tokenizer, and code. The folder is there whole or not at all, and a merge that was interrupted goes
-    on with the files that it had finished when it is called again.
+    on with the files that it had finished when it is called again. A thread of the process that uses PyTorch for the
+    first time during a merge may be given one of PyTorch's threads only.
 
     Args:
         base: the folder of the base model, in safetensors; or its snapshot in the hub's cache.
@@ -121,7 +122,7 @@ def merge_checkpoint(
     Source: HiRA (ICLR 2025), equation 5.
     """
     start = time.monotonic()
-    folders = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    folders = _folders(adapters)
     factors = _weights(folders, weights)
     options = Options(_dtype(dtype), _rounding(rounding), _limit(max_shard_size))
     model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
@@ -153,7 +154,7 @@ def merge_checkpoint(
         sum(len(shard.tensors) for shard in plan.shards),
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
-        model.skipped,
+        _left_out(model),
         plan.notes,
         plan.nbytes + others,
         free,
@@ -182,9 +183,15 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
             else:
                 with output.create(shard.name) as file:
                     file.write(header_bytes((tensor.entry for tensor in shard.tensors), shard.metadata or None))
+                    start = file.size
                     for data in workers.made(part for tensor in shard.tensors for part in tensor.content.parts()):
                         file.write(data)
                         advance(len(data))
+                    if file.size - start != shard.nbytes:
+                        raise HiraError(
+                            f"{shard.name} should have {shard.nbytes} bytes of tensors, but {file.size - start} were "
+                            "made: the base model changed meanwhile, or this is an error of hira."
+                        )
     return resumed
 
 
@@ -200,6 +207,13 @@ def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -
         elif name != BASE_CARD or CARD not in model.other_files:
             output.copy(model.file(name), name)
     output.write(CARD, text)
+
+
+def _left_out(model: ModelFolder) -> dict[str, str]:
+    """The files that do not come along, with the reasons."""
+    if {CARD, BASE_CARD} <= set(model.other_files):
+        return {**model.skipped, BASE_CARD: "the base model's own card takes its name"}
+    return model.skipped
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -241,7 +255,7 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
         *map(str, options),
         base.folder.index,
     ]
-    facts += [base.config, *(adapter.config for adapter in adapters)]
+    facts += [torch.get_num_threads(), base.config, *(adapter.config for adapter in adapters)]
     files = [header.path for header in base.folder.shards.values()]
     files += [adapter.path / name for adapter in adapters for name in (TENSORS, PICKLE)]
     for path in files:
@@ -251,14 +265,21 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> list[float]:
-    if not adapters:
+def _folders(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    folders = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
+    if not isinstance(folders, Sequence) or not all(isinstance(folder, str | os.PathLike) for folder in folders):
+        raise HiraError(f"adapters must be the folder of an adapter, or a list of such, not {adapters!r}.")
+    if not folders:
         raise HiraError("there is no adapter to merge; pass the folder of at least one.")
+    return list(folders)
+
+
+def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> list[float]:
     try:
         found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     except (TypeError, ValueError, OverflowError):  # no sequence, no numbers, or one that no float can hold
         found = []
-    if len(found) != len(adapters) or not all(math.isfinite(weight) for weight in found):
+    if isinstance(weights, str) or len(found) != len(adapters) or not all(math.isfinite(weight) for weight in found):
         raise HiraError(f"weights must be a finite number for each of the {len(adapters)} adapters, not {weights}.")
     return found
 

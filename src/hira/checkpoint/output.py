@@ -80,16 +80,19 @@ class Output:
             if kind is None:
                 with explained(self.target, f" What was written is in {self.staging}."):
                     self._commit()
-            elif self._job is None or not self._finished:
+            elif self._job is None or not (self._finished or self._kept):
                 shutil.rmtree(self.staging, ignore_errors=True)
 
     def resumed(self, name: str) -> bool:
         """Return whether an interrupted run of the same job finished a file; its hash is checked, and it is kept."""
-        record = self._kept.pop(name, None)
-        if record is None or record_of(self.staging / name) != record:
+        record = self._kept.get(name)
+        if record is None:
             return False
-        self._finished[name] = record
-        return True
+        found = record_of(self.staging / name)
+        del self._kept[name]  # not before: a run that is interrupted while it hashes keeps the file
+        if found == record:
+            self._finished[name] = record
+        return found == record
 
     @contextmanager
     def create(self, name: str) -> Iterator[OutputFile]:
@@ -220,18 +223,21 @@ class Output:
         sync(manifest)
         for folder, _, _ in os.walk(self.staging, topdown=False):
             sync(Path(folder))
+        self._check_empty()
         state.unlink(missing_ok=True)  # last, so that a run that is killed before can go on
         sync(self.staging)
         self._put()
         sync(self.target.parent)
+
+    def _check_empty(self) -> None:
+        if not self._overwrite and self.target.exists() and any(self.target.iterdir()):
+            raise HiraError(f"{self.target} was filled by another program meanwhile; the output is in {self.staging}.")
 
     def _put(self) -> None:
         """Rename the folder to its target; what was there goes when the new one is in place."""
         if not self.target.exists():
             self.staging.rename(self.target)
             return
-        if not self._overwrite and any(self.target.iterdir()):
-            raise HiraError(f"{self.target} was filled by another program meanwhile; the output is in {self.staging}.")
         if exchange(self.staging, self.target):
             sync(self.target.parent)
             shutil.rmtree(self.staging)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hira.checkpoint.adapter import Adapter, Factors, TensorFile
+from hira.checkpoint.adapter import Adapter, Factors, TensorFile, dtypes_and_shapes
 from hira.checkpoint.parameters import IN_MEMORY, Parameters, Rows, StoredMatrix, matrices_of
 from hira.checkpoint.quantisation import check_real
 from hira.errors import HiraError
@@ -101,13 +101,16 @@ class Changes(NamedTuple):
     prefix: str
 
 
-def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]) -> Changes:
+def changes_of(
+    parameters: Parameters, adapters: Sequence[Adapter], weights: Sequence[float], merging: bool = True
+) -> Changes:
     """Find the parameters that adapters change.
 
     Args:
         parameters: those of the base model.
         adapters: the adapters; what they do adds up.
         weights: a number for each, by which its BA is multiplied.
+        merging: whether the model is to be written, with the weights that share one with those that change.
 
     Returns:
         The changes, by the names of the base model's parameters.
@@ -127,7 +130,8 @@ def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Seq
             if ".original_module." in other:  # PEFT saves it beside a resized embedding of `modules_to_save`
                 continue
             name = named(other).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            new = Replaced(adapter, key, *_described(adapter, key))
+            dtype, shape = dtypes_and_shapes(adapter.tensors)[key]
+            new = Replaced(adapter, key, shape, dtype)
             if name in replaced and not new.equals(replaced[name]):
                 raise HiraError(
                     f"The adapters {replaced[name].adapter.path} and {adapter.path} both bring {name} whole, each "
@@ -141,7 +145,7 @@ def changes_of(parameters: Parameters, adapters: Sequence[Adapter], weights: Seq
             targets.setdefault(target.name, target).uses.append(Use(factors, weight))
         if not parameters.is_known:
             _check_squares(parameters, adapter, own, targets)
-        if prefix:
+        if prefix and merging:
             _check_head(parameters, adapter, own.keys() | replaced.keys())
     if len(prefixes) > 1:
         raise HiraError(f"The adapters were made for models that name their parameters differently. {IN_MEMORY}")
@@ -272,11 +276,3 @@ def _matrices(use: Use) -> tuple[Tensor, Tensor]:
     if use.weight != 1:
         B = B.to(torch.promote_types(B.dtype, torch.float32)) * use.weight
     return (B.t(), A.t()) if use.factors.kind == "embedding" else (A, B)
-
-
-def _described(adapter: Adapter, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape and dtype of one of an adapter's tensors, which is not read for it."""
-    if isinstance(adapter.tensors, TensorFile):
-        entry = adapter.tensors.header.entry(key)
-        return entry.shape, entry.dtype
-    return tuple(adapter.tensors[key].shape), adapter.tensors[key].dtype
