@@ -65,10 +65,6 @@ class Architecture:
         """The parameters, none of those tied to them included, that are not among the found, as parts of others are."""
         return [name for name in self._parameters if not any(other in found for other in self.tied(name))]
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a parameter; None if the model has none of that name."""
-        return tuple(self._parameters[name].shape) if name in self._parameters else None
-
     def is_transposed(self, name: str) -> bool:
         """Whether a parameter, or each of the matrices that it stacks, is (in, out)."""
         owner = self._model.get_submodule(name.rpartition(".")[0]) if name in self._parameters else None

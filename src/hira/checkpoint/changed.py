@@ -13,12 +13,12 @@ from hira.checkpoint.adapter import FLOATS, TensorFile
 from hira.checkpoint.contents import Content, Converted, Copied, Modulated, Piece
 from hira.checkpoint.header import Header, TensorEntry, entry_of
 from hira.checkpoint.parameters import IN_MEMORY, Parameters, matrices_of
+from hira.checkpoint.quantisation import REAL
 from hira.checkpoint.targets import Changes, Replaced, Target
 from hira.errors import HiraError
 from hira.ops.paths import HALF
 
 Rounding = Literal["nearest", "dither"]
-_CONVERTED = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class Options(NamedTuple):
@@ -155,7 +155,7 @@ class Changed:
     def unchanged(self, name: str, header: Header, entry: TensorEntry) -> Planned:
         """A tensor of the base model's, under a name, in the dtype that is asked for."""
         dtype = self._options.dtype
-        if dtype is None or entry.code not in _CONVERTED or entry.dtype == dtype:
+        if dtype is None or entry.code not in REAL or entry.dtype == dtype:
             return Planned(replace(entry, name=name), Copied(header, entry.name))
         (matrix,) = matrices_of(header, entry)
         return Planned(

@@ -12,6 +12,7 @@ from hira.checkpoint.changed import Changed, Options, Planned
 from hira.checkpoint.contents import Copied
 from hira.checkpoint.folder import SINGLE
 from hira.checkpoint.header import Header, in_safetensors_order
+from hira.checkpoint.model_card import dtype_name
 from hira.checkpoint.parameters import Parameters
 from hira.checkpoint.targets import Changes
 from hira.errors import HiraError
@@ -169,7 +170,7 @@ def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[
     rows = {changes.replaced[table].shape[0]: parameters.shape(table)[0] for table in resized}
     _set(config, "vocab_size", {old: new for new, old in rows.items()})
     if options.dtype is not None and config:
-        name = str(options.dtype).removeprefix("torch.")
+        name = dtype_name(options.dtype)
         if not {"dtype", "torch_dtype"} & config.keys():
             config["dtype"] = name
         for key in ("dtype", "torch_dtype"):

@@ -8,7 +8,7 @@ from hira.checkpoint.header import DTYPES
 from hira.checkpoint.parameters import Parameters
 from hira.errors import HiraError
 
-_REAL = frozenset({"F64", "F32", "F16", "BF16"})
+REAL = frozenset({"F64", "F32", "F16", "BF16"})
 # what stands in the place of `weight` in the files of GPTQ and AWQ, HQQ, compressed-tensors, AQLM and torchao
 _PACKED = ("qweight", "W_q", "weight_packed", "codes", "_weight_qdata")
 
@@ -45,6 +45,6 @@ def _packed(parameters: Parameters, name: str) -> str | None:
 
 def _narrow(parameters: Parameters, name: str) -> str | None:
     """A parameter with its dtype, if that is not of real numbers."""
-    codes = [entry.code for entries in parameters.entries(name) for entry in entries if entry.code not in _REAL]
+    codes = [entry.code for entries in parameters.entries(name) for entry in entries if entry.code not in REAL]
     dtype = DTYPES[codes[0]][1] if codes else None
     return f"{name} of {f'torch.{dtype}' if dtype else codes[0]}" if codes else None
