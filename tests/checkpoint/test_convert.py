@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hira import HiraError, convert_adapter, verify_folder
+from hira.checkpoint.output import Output
 
 P = "base_model.model."
 IDS = torch.tensor([[1, 5, 9, 3, 0, 2], [1, 6, 7, 8, 4, 10]])
@@ -368,6 +369,15 @@ def test_a_refusal_leaves_everything_as_it_was(change, existing, tmp_path):
         )
     assert content(tmp_path) == before
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"} | ({"out"} if existing else set())
+
+
+def test_an_output_that_another_process_writes_is_refused(tmp_path):
+    made(tmp_path, "kinds")
+    with Output(tmp_path / "out") as out:
+        with pytest.raises(HiraError, match=r"another process is writing to .*out;"):
+            convert_adapter(tmp_path / "adapter", tmp_path / "base" / ".." / "out", fold=True, overwrite=True)
+        out.write("first", b"kept")
+    assert verify_folder(tmp_path / "out") == [] and (tmp_path / "out" / "first").read_bytes() == b"kept"
 
 
 def test_outputs_that_are_refused(tmp_path):

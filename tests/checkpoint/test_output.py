@@ -185,12 +185,131 @@ def test_notes_of_what_is_finished_go_last(tmp_path, monkeypatch):
     assert sorted(contents(tmp_path / "out")) == ["deep/a"]
 
 
-def test_two_processes_do_not_meet(tmp_path):
-    with Output(tmp_path / "out") as out:
-        with pytest.raises(HiraError, match="another process"), Output(tmp_path / "out"):
-            pass
+def files_of(target, name):
+    return {f"part{i}": f"{name}{i}".encode() for i in range(3)}
+
+
+def write(target, name, **options):
+    with Output(target, overwrite=True, job=name, **options) as out:
+        for part, data in files_of(target, name).items():
+            if not out.resumed(part):
+                out.write(part, data)
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "link", "relative"])
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_second_writer_loses_nothing_at_any_moment(tmp_path, monkeypatch, spelling, can_exchange):
+    """One that comes between any two steps of the first, whatever it calls the folder, is refused."""
+    if not can_exchange:
+        monkeypatch.setattr(output_module, "exchange", lambda first, second: False)
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    other = {"absolute": tmp_path / "out", "link": tmp_path / "link" / "out", "relative": "./out"}[spelling]
+    write(tmp_path / "out", "old")
+    refused = []
+
+    def second(event, arguments):
+        if armed and event in {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.mkdir"}:
+            armed.clear()  # what it does itself is not to be met
+            with pytest.raises(HiraError, match=r"another process is writing to .*out; wait"):
+                write(other, "second")
+            refused.append(event)
+            armed.append(True)
+
+    armed: list[bool] = []
+    sys.addaudithook(second)
+    with Output(tmp_path / "out", overwrite=True, job="first") as out:
+        armed.append(True)
+        for part, data in files_of(out.target, "first").items():
+            out.write(part, data)
+        steps = out._stack  # the lock is lifted when what is on this stack is left
+        steps.callback(armed.clear)
+    assert len(refused) >= 5 and {"os.remove", "os.rmdir"} <= set(refused)
+    assert contents(tmp_path / "out") == files_of(out.target, "first") and verify(tmp_path / "out") == []
+    write(other, "second")
+    assert contents(tmp_path / "out") == files_of(out.target, "second") and verify(tmp_path / "out") == []
+    assert sorted(os.listdir(tmp_path)) == ["link", "out"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_two_processes_write_a_folder_again_and_again(tmp_path, exists):
+    target = tmp_path / "out"
+    if exists:
+        write(target, "old")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([sys.executable, "-c", RIVAL, target, name], **pipes) for name in ("a", "b")]
+    assert [process.stdout.readline() for process in writers] == ["ready\n"] * 2
+    for process in writers:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    refused = [int(process.communicate(timeout=120)[0]) for process in writers]
+    assert [process.returncode for process in writers] == [0, 0] and sum(refused) > 0
+    assert contents(target) in (files_of(target, "a"), files_of(target, "b")) and verify(target) == []
+    assert os.listdir(tmp_path) == ["out"]
+
+
+RIVAL = """
+import sys, time
+from hira import HiraError
+from hira.checkpoint.output import Output
+target, name = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+written = refused = 0
+while written < 20:
+    try:
+        with Output(target, overwrite=True, job=name) as out:
+            for i in range(3):
+                out.write(f"part{i}", f"{name}{i}".encode())
+        written += 1
+        time.sleep(0.01)
+    except HiraError as error:
+        assert "another process is writing to" in str(error), error
+        refused += 1
+        time.sleep(0.001)
+print(refused)
+"""
+
+
+def test_the_lock_of_a_process_that_was_killed_is_lifted(tmp_path):
+    target = tmp_path / "out"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, target], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "writing\n"
+    with pytest.raises(HiraError, match="another process is writing"):
+        write(target, "held")
+    with pytest.raises(HiraError, match="another process is writing"), Output(target, job="held") as out:
+        out.resumed("part0")
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / ".out.hira-lock").exists()
+    with Output(target, job="held") as out:
+        assert out.resumed("part0")  # and the refused ones took nothing away
+    assert verify(target) == [] and os.listdir(tmp_path) == ["out"]
+
+
+HOLDER = """
+import sys, time
+from hira.checkpoint.output import Output
+with Output(sys.argv[1], job="held") as out:
+    out.write("part0", b"held0")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_that_was_filled_while_this_writer_waited_its_turn_is_kept(tmp_path, monkeypatch):
+    """It is looked at again under the lock: without --overwrite it has to be empty then."""
+    locked = output_module.locked
+
+    def late(target):
+        monkeypatch.setattr(output_module, "locked", locked)
+        write(target, "first")
+        return locked(target)
+
+    monkeypatch.setattr(output_module, "locked", late)
+    with pytest.raises(HiraError, match="is not empty"), Output(tmp_path / "out") as out:
         out.write("a", b"a")
-    assert verify(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == files_of(tmp_path, "first") and os.listdir(tmp_path) == ["out"]
 
 
 def interrupted(target, job="job"):

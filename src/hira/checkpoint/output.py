@@ -63,8 +63,12 @@ class Output:
         self.check_target()
         with ExitStack() as stack, explained(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked_staging(self.staging))
+            stack.enter_context(locked(self.target))
             self._recover()
+            self.check_target()  # again, since another writer may have ended meanwhile
+            if self.staging.is_symlink():
+                raise HiraError(f"{self.staging} is a link, which hira did not make; remove it.")
+            self.staging.mkdir(exist_ok=True)
             self._kept = self._read_state()
             self._clear(keep={*self._kept, STATE} if self._kept else set())
             self._check_space()
@@ -193,7 +197,6 @@ class Output:
         """Put back what a run that was killed between two renames moved aside, or remove it if it is replaced."""
         if os.path.lexists(self._old) and not os.path.lexists(self.target):
             self._old.rename(self.target)
-            self.check_target()
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _read_state(self) -> dict[str, FileRecord]:
@@ -279,13 +282,3 @@ def _content(path: Path) -> Iterator[memoryview]:
                 yield buffer[:count]
     except OSError as error:
         raise HiraError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-@contextmanager
-def locked_staging(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and keep other processes out of it."""
-    if folder.is_symlink():
-        raise HiraError(f"{folder} is a link, which hira did not make; remove it.")
-    folder.mkdir(exist_ok=True)
-    with locked(folder):
-        yield

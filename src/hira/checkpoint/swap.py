@@ -28,25 +28,44 @@ def explained(path: Path, hint: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of ours out of a folder; the system lifts the lock when the process ends, however it does.
+def locked(target: Path) -> Iterator[None]:
+    """Keep other writers of a folder out; the system lifts the lock when the process ends, however it does.
+
+    The lock is on a file beside the folder. It is never renamed, so it holds until the folder is exchanged and what was
+    there before is removed.
 
     Raises:
-        HiraError: another process has it.
+        HiraError: another process, or another thread of this one, has it.
     """
     if sys.platform == "win32":
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    path = target.parent / f".{target.name}.hira-lock"
+    descriptor = _lock(path)
+    if descriptor is None:
+        raise HiraError(f"another process is writing to {target}; wait for it, or end it.")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not folder.exists() or os.stat(folder).st_ino != os.fstat(descriptor).st_ino:
-                raise BlockingIOError  # it was another process's, which has just renamed it
-        except BlockingIOError as error:
-            raise HiraError(f"another process is writing to {folder}; wait for it, or end it.") from error
         yield
     finally:
+        path.unlink(missing_ok=True)  # before the lock is lifted, so that it is ours and not the next writer's
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock the file at a path, made if need be, and return its descriptor; None if another process has locked it."""
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # another writer ended, and removed the file, after it was opened here
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
         os.close(descriptor)
 
 
