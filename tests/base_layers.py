@@ -22,12 +22,12 @@ def versions() -> dict[str, str]:
 def storages() -> list[str]:
     """The table of storages in Markdown."""
     pinned = versions()
-    dtypes: dict[tuple[str, ...], list[str]] = {}
+    dtypes: dict[tuple[str, ...], dict[str, None]] = {}
     for case in CASES:
         forward = "one product with W'" if case.whole else "the layer's own product, and one of the update"
         merges = "yes" if case.write is not None else "no"
         row = (case.name, f"{case.package} {pinned[case.package]}", forward, merges)
-        dtypes.setdefault(row, []).append("any" if case.dtype is None else str(case.dtype).removeprefix("torch."))
+        dtypes.setdefault(row, {})["any" if case.dtype is None else str(case.dtype).removeprefix("torch.")] = None
     rows = [(name, ", ".join(found), *rest) for (name, *rest), found in dtypes.items()]
     return table(("storage", "dtypes", "tested", "forward", "merges"), rows)
 

@@ -31,6 +31,7 @@ class StorageCase:
         product: the dtype in which the layer multiplies x of a dtype.
         whole: whether the layer's output is x W0^T; False where it rounds x as well.
         inputs: dtypes of x that the layer takes.
+        processor: the kind of processor of which the layer believes that it runs there; empty where that is the same.
     """
 
     name: str
@@ -43,11 +44,13 @@ class StorageCase:
     product: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     whole: bool = True
     inputs: tuple[torch.dtype, ...] = FLOATS
+    processor: str = ""
 
     @property
     def id(self) -> str:
         """The name of its tests."""
-        return self.name if self.dtype is None else f"{self.name}, {str(self.dtype).removeprefix('torch.')}"
+        dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return ", ".join(part for part in (self.name, dtype, self.processor) if part)
 
     @property
     def installed(self) -> str | None:
@@ -94,7 +97,7 @@ CONV1D = StorageCase(
 )
 
 
-def _bnb_4bit(kind: str, double: bool, compute: torch.dtype) -> StorageCase:
+def _bnb_4bit(kind: str, double: bool, compute: torch.dtype, repacks: bool) -> StorageCase:
     def quantise(linear: nn.Linear) -> nn.Module:
         import bitsandbytes as bnb
 
@@ -107,6 +110,7 @@ def _bnb_4bit(kind: str, double: bool, compute: torch.dtype) -> StorageCase:
             compute_dtype=compute,
         )
         layer.load_state_dict(linear.state_dict())
+        layer.support_avx512bf16_for_cpu = repacks
         return layer.to("cpu")
 
     def dense(layer: Any) -> Tensor:
@@ -134,6 +138,7 @@ def _bnb_4bit(kind: str, double: bool, compute: torch.dtype) -> StorageCase:
         stored=stored,
         write=write,
         product=lambda dtype: compute,
+        processor="AVX512-BF16" if repacks else "no AVX512-BF16",
     )
 
 
@@ -329,8 +334,14 @@ def _gptq(method: str, kind: str, bits: int) -> StorageCase:
 CASES = (
     *(_plain(dtype) for dtype in (*FLOATS, torch.float64)),
     CONV1D,
-    *(_bnb_4bit(kind, double, torch.float32) for kind in ("nf4", "fp4") for double in (False, True)),
-    *(_bnb_4bit("nf4", True, compute) for compute in (torch.bfloat16, torch.float16)),
+    *(
+        _bnb_4bit(kind, double, compute, repacks)
+        for repacks in (False, True)
+        for compute, kind, double in (
+            *((torch.float32, kind, double) for kind in ("nf4", "fp4") for double in (False, True)),
+            *((compute, "nf4", True) for compute in (torch.bfloat16, torch.float16)),
+        )
+    ),
     _bnb_8bit(),
     *TORCHAO,
     *(_hqq(bits, 64, 1, torch.float32) for bits in (8, 4, 3, 2)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from typing import Any
 
@@ -148,6 +150,133 @@ def test_a_packed_weight_replaced_while_merged_is_kept():
         layer.unmerge()
     assert base.weight is other.weight
     assert same(stored(base), stored(other))
+
+
+# A weight that bitsandbytes repacks for its CPU kernel, as it does on processors with AVX512-BF16
+
+
+def repack(base: Any) -> Tensor:
+    """Repack the weight as bitsandbytes does; returns W0 after it, its codes times scales that are rounded."""
+    state = base.weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    plain = bnb.functional.QuantState(
+        absmax=scales.bfloat16().float(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    W0: Tensor = bnb.functional.dequantize_4bit(base.weight.data, plain)
+    packed, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, state)
+    base.weight.data = packed
+    return W0
+
+
+@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
+def test_a_weight_that_was_repacked_is_read(kind, double):
+    layer = adapted(base_4bit(kind, double))
+    base, (A, B) = layer.get_base_layer(), factors(layer, "default")
+    W0 = repack(base)
+    packed = base.weight.data.clone()
+    x, dy = torch.randn(3, IN, requires_grad=True), torch.randn(3, OUT)
+    for _ in range(2):
+        assert torch.equal(layer.storage.read(), W0)
+        wanted = F.linear(x, reference.modulated_weight(W0, A, B), base.bias)
+        torch.testing.assert_close(layer(x), wanted)
+        torch.testing.assert_close(torch.autograd.grad(layer(x), x, dy), torch.autograd.grad(wanted, x, dy))
+    assert base.weight.quant_state.packing_format_for_cpu
+    assert torch.equal(base.weight.data, packed)
+
+
+@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
+def test_a_weight_that_is_repacked_before_backward(kind, double):
+    layer = adapted(base_4bit(kind, double))
+    x, dy = torch.randn(3, IN, requires_grad=True), torch.randn(3, OUT)
+    trained = (x, layer.hira_A["default"], layer.hira_B["default"])
+    wanted = torch.autograd.grad(layer(x), trained, dy)
+    y = layer(x)
+    repack(layer.get_base_layer())
+    for found, exact in zip(torch.autograd.grad(y, trained, dy), wanted, strict=True):
+        assert error(found, exact) < 2**-8  # the scales are rounded to bfloat16
+
+
+@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
+def test_a_repacked_weight_is_merged_and_put_back(kind, double):
+    layer = adapted(base_4bit(kind, double), ("a", "b"))
+    base = layer.get_base_layer()
+    W0 = repack(base)
+    weight, packed = base.weight, base.weight.data.clone()
+    options = {"blocksize": weight.blocksize, "compress_statistics": double, "quant_type": kind}
+    for names in (["a"], ["b", "a"]):
+        merged = bnb.functional.quantize_4bit(ops.modulated_weight(W0, *factors(layer, *names)), **options)
+        layer.merge(adapter_names=names)
+        assert torch.equal(layer.storage.read(), bnb.functional.dequantize_4bit(*merged))
+        repack(base)  # the merged weight too
+        layer.unmerge()
+        assert base.weight is weight
+        assert base.quant_state is weight.quant_state
+        assert weight.quant_state.packing_format_for_cpu
+        assert torch.equal(weight.data, packed)
+        assert torch.equal(layer.storage.read(), W0)
+
+
+@pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
+def test_a_weight_that_was_repacked_before_it_is_adapted(kind, double):
+    base = base_4bit(kind, double)
+    W0 = repack(base)
+    layer: Any = hira.dispatch.dispatch(
+        base, "default", hira_config=hira.HiraConfig(r=R, init_weights=False, hira_dropout=0.5)
+    )
+    assert torch.equal(dense_weight(base), W0)
+    x, dy = torch.randn(3, IN, requires_grad=True), torch.randn(3, OUT)
+    layer.hira_dropout["default"].forward = lambda x: x
+    # with dropout the base layer's own product is part of the sum, which has no gradient where the weight is repacked
+    wanted = F.linear(x, W0 * (1 + reference.delta(*factors(layer, "default"))), base.bias)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    for found, exact in zip(torch.autograd.grad(layer(x), x, dy), torch.autograd.grad(wanted, x, dy), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    saved = {name.removeprefix("weight."): value for name, value in base.state_dict().items()}
+    codes, _ = saved.pop("weight"), saved.pop("bias")
+    loaded = bnb.nn.Params4bit.from_prequantized(codes, saved, device="cpu")
+    assert torch.equal(bnb.functional.dequantize_4bit(loaded.data, loaded.quant_state), W0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_repacked_layer(copied):
+    layer = adapted(base_4bit())
+    W0 = repack(layer.get_base_layer())
+    x = torch.randn(3, IN)
+    other = copied(layer)
+    assert torch.equal(other(x), layer(x))
+    other.merge()
+    assert torch.equal(layer.storage.read(), W0)
+    other.unmerge()
+    assert torch.equal(other.storage.read(), W0)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_only_merged_and_unloaded_weights_may_be_repacked(available, monkeypatch):
+    monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: available)
+    base = base_4bit()
+    base.support_avx512bf16_for_cpu = available
+    layer, x = adapted(base, ("a", "b")).eval(), torch.randn(3, IN)
+    before, y = stored(base), layer(x)
+    with torch.no_grad():
+        layer.enable_adapters(False)
+        layer(x)
+        layer.enable_adapters(True)
+        layer(x, adapter_names=["a", "__base__", "b"])
+    assert same(stored(base), before)
+    assert torch.equal(layer(x), y)
+    layer.merge()
+    assert base.support_avx512bf16_for_cpu == available
+    layer.unmerge()
+    assert not base.support_avx512bf16_for_cpu
+    layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+    assert base.support_avx512bf16_for_cpu == available
 
 
 # Models

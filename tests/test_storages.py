@@ -140,9 +140,13 @@ def test_disabled(case):
 def test_a_new_adapter_does_nothing(case):
     base = case.quantise(nn.Linear(IN, OUT))
     x = torch.randn(4, IN, dtype=case.inputs[0])
-    y = base(x)
+    W0, bias, y = case.dense(base).double(), base.bias.detach().double(), base(x)
     layer: Any = hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
-    assert error(layer(x), y) <= 2 * torch.finfo(case.product(x.dtype)).eps
+    if case.whole:  # the base layer may sum in another order, as exact as this one
+        exact = F.linear(x.double(), W0, bias)
+        assert error(layer(x), exact) <= 1.5 * error(y, exact) + 1e-7
+    else:
+        assert torch.equal(layer(x), y)
 
 
 @every_storage

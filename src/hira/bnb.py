@@ -5,6 +5,7 @@ A target can only be such a layer if bitsandbytes was imported already, so this 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,11 @@ bnb: Any = None  # bitsandbytes, once a layer of it has been seen
 
 
 class Packed4bit(Storage):
-    """A weight packed to 4 bits: blocks of codes and their scales, in a `Params4bit`."""
+    """A weight packed to 4 bits: blocks of codes and their scales, in a `Params4bit`.
+
+    On a processor with AVX512-BF16 bitsandbytes repacks it for its CPU kernel when the layer is called for evaluation,
+    which rounds the scales and gives x no gradient any more. W0 is kept from that; a merged weight is not.
+    """
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
@@ -52,10 +57,27 @@ class Packed4bit(Storage):
                 module=self.layer,
             ).to(old.device)
         )
+        self.allow_repacking()
 
     def restore(self, snapshot: Any) -> None:
         device = self.layer.weight.device
         self._install(snapshot if snapshot.device == device else snapshot.to(device))
+        self.prevent_repacking()
+
+    def prevent_repacking(self) -> None:
+        """Have bitsandbytes leave the weight in the format that it has."""
+        self.layer.support_avx512bf16_for_cpu = False
+
+    def allow_repacking(self) -> None:
+        """Have bitsandbytes repack the weight again where its CPU kernel runs."""
+        self.layer.support_avx512bf16_for_cpu = bnb.functional.has_avx512bf16()
+
+    def unpack(self) -> None:
+        """Put a weight that was repacked already in the format for all devices, its rounded scales as they are."""
+        weight = self.layer.weight
+        if _is_repacked(getattr(weight, "quant_state", None)):
+            weight.data, weight.quant_state = _unpacked(weight.data, weight.quant_state)
+            self._install(weight)
 
     def _install(self, weight: Any) -> None:
         self.layer.weight = weight
@@ -124,10 +146,24 @@ def _quantised(statistics: Any, layer: nn.Module) -> Any:
 
 
 def _dequantize_4bit(packed: Tensor, state: Any) -> Tensor:
-    if getattr(state, "packing_format_for_cpu", False):
-        packed, state = bnb.functional._convert_weight_packed_for_cpu_inverse(packed, state)
-    weight: Tensor = bnb.functional.dequantize_4bit(packed.detach(), state)
+    packed = packed.detach()
+    if _is_repacked(state):
+        packed, state = _unpacked(packed, state)
+    weight: Tensor = bnb.functional.dequantize_4bit(packed, state)
     return weight
+
+
+def _is_repacked(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and state as before a repacking; bitsandbytes' inverse changes the state, and its scales once more."""
+    state = copy.copy(state)
+    scales, state.original_nested = state.absmax.t().reshape(-1).float(), False  # repacked they are (in / block, out)
+    packed, state = bnb.functional._convert_weight_packed_for_cpu_inverse(packed, state)
+    state.absmax = scales
+    return packed, state
 
 
 def _dequantize_8bit(codes: Tensor, scales: Tensor) -> Tensor:
@@ -144,6 +180,20 @@ class Linear4bit(Linear):
     """
 
     storage_type = Packed4bit
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int | None = None) -> None:
+        super().__init__(base_layer, adapter_name, config, r)
+        storage = Packed4bit(self.get_base_layer())
+        storage.prevent_repacking()
+        storage.unpack()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer as any HiRA layer does; bitsandbytes may repack its weight again."""
+        base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        Packed4bit(base).allow_repacking()
+        return base
 
 
 class Linear8bitLt(Linear):

@@ -33,10 +33,20 @@ class Aqlm(ReadOnly):
     def dequantize(self) -> Dequantize:
         layer = self.layer
         codebooks, scales = layer.codebooks.detach(), layer.scales.detach()
-        return partial(_dequantize, bits=layer.nbits_per_codebook, codebooks=codebooks, scales=scales)
+        return partial(_dequantize, layer=layer, codebooks=codebooks, scales=scales)
 
 
-def _dequantize(codes: Tensor, bits: int, codebooks: Tensor, scales: Tensor) -> Tensor:
-    unsigned = codes.detach().to(torch.int64) % 2**bits
+def _dequantize(codes: Tensor, layer: Any, codebooks: Tensor, scales: Tensor) -> Tensor:
+    unsigned = codes.detach().to(torch.int64) % 2**layer.nbits_per_codebook
+    if _is_transposed(codes, layer):
+        unsigned = unsigned.transpose(0, 1)
     weight: Tensor = sys.modules["aqlm.utils"]._dequantize_weight(unsigned, codebooks, scales)
     return weight
+
+
+def _is_transposed(codes: Tensor, layer: Any) -> bool:
+    """Whether a first call on a CPU put the codes, (out, in, codebooks) in groups, as (in, out, codebooks)."""
+    if codes.shape[0] != codes.shape[1]:
+        transposed: bool = codes.shape[0] != layer.out_features // layer.out_group_size
+        return transposed
+    return layer.gemv_op is not None and layer.codebook_size == 256 and not codes.is_cuda
