@@ -8,7 +8,7 @@ import torch
 from conftest import stock_peft
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hira
 
@@ -136,12 +136,22 @@ def test_a_batch_costs_one_product_for_each_adapter(names):
     assert product == flops(lambda: body[0].base_layer(x))
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("where", ["argument", "GenerationConfig", "model's generation_config"])
+@pytest.mark.parametrize(
+    "repeats",
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
-def test_generate(kind, beams):
-    """In generate() every sample is there once for each beam, but in an encoder."""
+def test_generate(kind, repeats, where):
+    """In generate() every sample is there once for each beam or returned sequence, but in an encoder once."""
     model = adapted_llama() if kind == "decoder" else two_adapters(t5(), "q", "wo", "v")
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "top_k": 1, **repeats}
+    if where == "GenerationConfig":
+        options = {"generation_config": GenerationConfig(**model.generation_config.to_diff_dict() | options)}
+    elif where != "argument":
+        model.get_base_model().generation_config.update(**options)
+        options = {}
 
     def generate(ids: Tensor, **more) -> Tensor:
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
@@ -149,6 +159,22 @@ def test_generate(kind, beams):
     expected = torch.cat(by_rows(model, generate, IDS, NAMES))
     assert torch.equal(generate(IDS, adapter_names=NAMES), expected)
     assert not torch.equal(generate(IDS), expected)
+    assert "_expand_inputs_for_generation" not in vars(model.get_base_model())
+
+
+def test_generate_of_a_compiled_model():
+    model = adapted_llama()
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False, "adapter_names": NAMES}
+    expected = model.generate(input_ids=IDS, **options)
+    model.base_model.model = torch.compile(model.base_model.model, backend="eager")
+    assert torch.equal(model.generate(input_ids=IDS, **options), expected)
+
+
+@pytest.mark.parametrize("rows", [10, 4])
+def test_rows_that_nobody_repeated_are_refused(rows):
+    """Outside of generate() two rows for each name may be any two."""
+    with pytest.raises(hira.HiraError, match=rf"names 5 rows, but .* got {rows}"):
+        logits(adapted_llama(), IDS.repeat(2, 1)[:rows], adapter_names=NAMES)
 
 
 def test_bad_names_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -204,19 +204,13 @@ class HiraModel(BaseTuner):
             raise HiraError("adapter_names is for inference, but the model is in training mode; call eval() first.")
         self._check_known([name for name in adapter_names if name != BASE])
         self._check_rows_can_differ(adapter_names)
-        beams = kwargs.get("num_beams") or 1
-        encoder = _encoder(self.model)
-        encoder_modules = set() if encoder is None else set(encoder.modules())
-        handles = []
-        for module in self.modules():
-            if isinstance(module, HiraLayer | AuxiliaryTrainingWrapper):
-                # generate() repeats each sample for each beam, but in an encoder
-                repeat = 1 if module in encoder_modules else beams
-                names = [name for name in adapter_names for _ in range(repeat)]
-                hook = partial(_pass_adapter_names, names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        by_rows = {len(adapter_names): list(adapter_names)}
+        pass_names = partial(_pass_adapter_names, by_rows=by_rows)
+        layers = [module for module in self.modules() if isinstance(module, HiraLayer | AuxiliaryTrainingWrapper)]
+        handles = [layer.register_forward_pre_hook(pass_names, with_kwargs=True) for layer in layers]
         try:
-            yield
+            with _names_repeated_by_generate(self.model, by_rows):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -298,13 +292,30 @@ def _reads_weights(parent: nn.Module) -> bool:
     return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) or hasattr(parent, "A_log")
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
-    get_encoder: Callable[[], nn.Module] | None = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if get_encoder is not None else None
-    return None if encoder is model else encoder
+@contextmanager
+def _names_repeated_by_generate(model: nn.Module, by_rows: dict[int, list[str]]) -> Iterator[None]:
+    """Add the names of the rows that generate() makes of each sample, one for each beam or returned sequence."""
+    model = getattr(model, "_orig_mod", model)
+    expand = getattr(model, "_expand_inputs_for_generation", None)
+    if expand is None:
+        yield
+        return
+    names = next(iter(by_rows.values()))
+
+    def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
+        by_rows[len(names) * expand_size] = [name for name in names for _ in range(expand_size)]
+        return expand(expand_size=expand_size, **kwargs)
+
+    model._expand_inputs_for_generation = expand_inputs
+    try:
+        yield
+    finally:
+        del model._expand_inputs_for_generation
 
 
 def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], by_rows: dict[int, list[str]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+    """Hand a layer the names for as many rows as it got: an encoder gets the samples, a decoder what they became."""
+    rows = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0)
+    return args, {**kwargs, "adapter_names": by_rows.get(rows, next(iter(by_rows.values())))}
