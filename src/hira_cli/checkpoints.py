@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -99,7 +101,7 @@ def merge(
                 progress=advance,
             )
         for line in _merged(report):
-            print(line)
+            _say(line)
 
 
 def convert(
@@ -138,9 +140,9 @@ def convert(
         if result.lora is not None:
             errors = {layer.name: layer.relative_error for layer in result.lora.layers}
             Console().print(_losses(result.lora.rank, errors, result.lora.relative_error))
-            print(result.lora.statement)
+            _say(result.lora.statement)
         method = "LoRA" if result.lora else "HiRA"
-        print(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
+        _say(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
 
 
 def inspect(
@@ -177,24 +179,50 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fold
         from hira.checkpoint import manifest
 
         problems = manifest.verify(folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{folder}: every file is what it was when hira wrote it")
+        for problem in problems:
+            _say(problem, error=True)
+        if not problems:
+            _say(f"{folder}: every file is what it was when hira wrote it")
     raise typer.Exit(1 if problems else 0)
 
 
 @contextmanager
 def _failing() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
-    with _without_peft():
+    with _without_peft(), _printable_messages():
         from hira.errors import HiraError
 
         try:
             yield
         except HiraError as error:
-            print(f"hira: {error}", file=sys.stderr)
+            _say(f"hira: {error}", error=True)
             raise typer.Exit(1) from error
+
+
+def _say(line: str, error: bool = False) -> None:
+    """Print a line; whatever names it has from files, it does nothing to a terminal."""
+    from hira.checkpoint.printed import printable
+
+    print(printable(line), file=sys.stderr if error else sys.stdout)
+
+
+@contextmanager
+def _printable_messages() -> Iterator[None]:
+    """Have what other libraries log or warn of printed likewise: they quote what they read."""
+    from hira.checkpoint.printed import printable_lines
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:
+            return printable_lines(super().getMessage())
+
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+    logging.setLogRecordFactory(Record)
+    warnings.formatwarning = lambda *args, **kwargs: printable_lines(form(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
 
 
 @contextmanager
@@ -244,7 +272,7 @@ def _merged(report: MergeReport) -> Iterator[str]:
 
 def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
     """What a LoRA lost of each module, and of all."""
-    from hira.checkpoint.report_table import printable
+    from hira.checkpoint.printed import printable
 
     table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)
     table.add_column("module", "all", overflow="fold")

@@ -98,7 +98,13 @@ def test_configurations_that_are_refused(tmp_path):
     for peft_type in ("LORA", None, ["HIRA"]):
         with pytest.raises(HiraError, match="'HIRA' was expected"):
             read_adapter(folder_of(tmp_path, pair(), peft_type=peft_type))
-    for text, message in {"[]": "holds a list", "{": "not JSON", '{"a": 1, "a": 1}': "twice"}.items():
+    not_finite = {
+        '{"a": 1e999}': "adapter_config.json has 1e999 for 'a', which is no finite number",
+        '{"a": {"b": [0, -Infinity]}}': r"has -Infinity for 'a\.b\.1', which",
+        '{"a": [[NaN], 1e999]}': r"has NaN for 'a\.0\.0', which",
+    }
+    bad = {"[]": "holds a list", "{": "not JSON", '{"a": 1, "a": 1}': "twice", **not_finite}
+    for text, message in bad.items():
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(HiraError, match=message):
             read_adapter(tmp_path)

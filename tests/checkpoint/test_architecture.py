@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -86,3 +88,14 @@ def test_a_configuration_that_makes_no_model():
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": "wide"}
     with pytest.raises(HiraError, match=r"here/config\.json does not describe a LlamaForCausalLM of transformers"):
         architecture_of(config, "here/config.json")
+
+
+MAMBA = {"num_heads": 4, "head_dim": 8, "hidden_size": 16, "n_groups": 1, "num_hidden_layers": 1, "vocab_size": 12}
+
+
+def test_numbers_that_JSON_does_not_have():
+    """As transformers 5 writes those of the models whose steps in time have no limit."""
+    config = json.loads(hf.Mamba2Config(**MAMBA).to_json_string()) | {"architectures": ["Mamba2ForCausalLM"]}
+    assert config["time_step_limit"][1] == {"__float__": "Infinity"}
+    found = architecture_of(config, "config.json")
+    assert found is not None and found.locate(["backbone.embeddings.weight"]).keys() == {"backbone.embeddings.weight"}

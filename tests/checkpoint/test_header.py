@@ -118,7 +118,7 @@ BAD = {
     "long_header": ((2**63).to_bytes(8, "little") + b"{}", "header alone would end"),
     "not_utf8": (file_of(b"\xff{}"), "not UTF-8"),
     "not_json": (file_of(b"{nope}"), "not JSON"),
-    "nan": (file_of(b'{"a": NaN}'), "not JSON"),
+    "nan": (file_of(b'{"a": NaN}'), "NaN for 'a', which is no finite number"),
     "deep": (file_of(DEEP), "not JSON|must be described"),
     "list": (file_of(b"[]"), "holds a list"),
     "surrogate": (file_of(b'{"\\ud800": 1}'), "not JSON"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hira.checkpoint import factors, inspection
+from hira.checkpoint import factors, inspection, report_table
 from hira.checkpoint.factors import pairs
 from hira.checkpoint.inspection import inspect, inspect_layer
 from hira.errors import HiraError
 from hira.ops import reference
+from hira.ops.modulate import form
 
 # W0, A and B by kind; wide and tall, ranks below and above the sides
 LAYERS = {
@@ -113,12 +114,57 @@ def test_what_bfloat16_rounds_away():
     assert mixed.bfloat16_unchanged == 0.5
 
 
-def test_more_is_lost_of_a_smaller_update():
+def test_more_is_lost_of_a_smaller_update_by_rounding_to_nearest():
     W0, A, B, kind = tensors("tall", torch.bfloat16, scale=1)
-    lost = [inspect_layer(W0, A, B * scale, kind).bfloat16_lost for scale in (1e-4, 1e-3, 1)]
+    lost = [inspect_layer(W0, A, B * scale, kind).bfloat16_lost_to_nearest for scale in (1e-4, 1e-3, 1)]
     assert lost[0] > 0.8
     assert lost[0] > lost[1] > lost[2]
     assert abs(lost[2]) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every_layer
+def test_what_bfloat16_loses_is_what_merging_loses(layer, dtype, monkeypatch):
+    """Compared with W' as the layers form it, in the layer's own orientation."""
+    monkeypatch.setattr(factors, "BLOCK", 64)
+    W0, A, B, kind = tensors(layer, dtype, scale=0.05)
+    report = inspect_layer(W0, A, B, kind)
+    left, right = (A.t(), B.t()) if kind == "embedding" else (B.flatten(1), A.flatten(1))
+    merged = form(W0.flatten(1), right, left, torch.bfloat16)
+    kept = merged.double() - W0.flatten(1).bfloat16().double()
+    update = whole(W0, A, B, kind)[2]
+    assert report.bfloat16_lost == pytest.approx(1 - float((kept * update).sum() / update.square().sum()), abs=1e-4)
+    assert report.bfloat16_unchanged == pytest.approx(1 - float((kept != 0).double().mean()), abs=0.01)
+    assert (report.bfloat16_lost == report.bfloat16_lost_to_nearest) == (dtype == torch.float32)
+
+
+def test_a_dither_keeps_the_update_of_a_model_that_rounding_to_nearest_loses():
+    W0, A, B = torch.randn(200, 300).bfloat16(), torch.randn(4, 300), torch.randn(200, 4) * 2e-4
+    tensors = {"base_model.model.q.hira_A": A, "base_model.model.q.hira_B": B}
+    report = inspect({"r": 4}, tensors, {"q": W0}.get, spectra=False)
+    assert report.bfloat16_lost_to_nearest > 0.8
+    assert abs(report.bfloat16_lost) < 0.15
+    assert (report.layers[0].bfloat16_lost, report.layers[0].bfloat16_lost_to_nearest) == pytest.approx(
+        (report.bfloat16_lost, report.bfloat16_lost_to_nearest)
+    )
+
+
+def test_numbers_that_overflow():
+    """What cannot be measured is an error that names the module; what only bfloat16 cannot hold is not known."""
+    W0, A, B, kind = tensors("tall")
+    for scale, dtype in ((1e100, torch.float64), (1e160, torch.float64), (1e200, torch.float64)):
+        huge = [factor.to(dtype) * scale for factor in (A, B)]
+        with pytest.raises(HiraError, match=r"update of module 'q' is too large"):
+            inspect_layer(None, *huge, kind, name="q")
+        with pytest.raises(HiraError, match=r"update of module 'q' is too large"):
+            inspect_layer(W0, *huge, kind, name="q")
+    report = inspect_layer(W0, A * 1e19, B * 1e19, kind)
+    values = (report.bfloat16_lost, report.bfloat16_lost_to_nearest)
+    assert values == (None, None) and math.isfinite(report.update_norm) and math.isfinite(report.update.values[0])
+    tensors_of = {"base_model.model.q.hira_A": A * 1e19, "base_model.model.q.hira_B": B * 1e19}
+    whole_report = inspect({"r": 4}, tensors_of, {"q": W0}.get)
+    assert whole_report.bfloat16_lost is None
+    json.loads(report_table.to_json(whole_report), parse_constant=pytest.fail)
 
 
 def test_an_untrained_adapter():

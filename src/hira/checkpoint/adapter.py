@@ -170,7 +170,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle may fail with any
-        raise HiraError(f"{path} cannot be read as a file of tensors: {error}") from error
+        raise HiraError(f"{path} cannot be read as a file of tensors: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
         for name, tensor in found.items()

@@ -109,11 +109,14 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture | Non
         return None
     try:
         with torch.device("meta"):
-            return Architecture(model_class(CONFIG_MAPPING[model_type].from_dict(dict(config))))
+            config_class = CONFIG_MAPPING[model_type]
+            # from transformers 5 on, which writes {"__float__": "Infinity"} where JSON has no number
+            decode = getattr(config_class, "_decode_special_floats", dict)
+            return Architecture(model_class(config_class.from_dict(decode(dict(config)))))
     except Exception as error:  # a configuration may be wrong in any way
         raise HiraError(
-            f"{where} does not describe a {name} of transformers {transformers.__version__}: {error}. Install the "
-            "version that the model was made with, or mend the file."
+            f"{where} does not describe a {name} of transformers {transformers.__version__}: "
+            f"{' '.join(str(error).split())}. Install the version that the model was made with, or correct the file."
         ) from error
 
 

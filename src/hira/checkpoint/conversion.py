@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hira.checkpoint.adapter import PREFIX
 from hira.checkpoint.factors import Factors, Matrices, matrices, pairs
+from hira.checkpoint.header import all_finite
 from hira.checkpoint.inspection import MAX_DIM, check_adapter
 from hira.errors import HiraError
 
@@ -249,6 +250,11 @@ def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
         assert weight is not None
         update = weight * delta
         gram.addmm_(update.t(), update)
+    if not bool(gram.isfinite().all()):
+        raise HiraError(
+            f"The update of module {module!r} is too large to be approximated. The training diverged, or the file is "
+            "damaged; use an earlier checkpoint of the adapter."
+        )
     squares, vectors = torch.linalg.eigh(gram)
     kept = min(rank, columns)
     vectors, roots = vectors.flip(1)[:, :kept], squares.flip(0)[:kept].clamp(min=0).pow(0.25)
@@ -259,7 +265,10 @@ def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
     for where, weight, delta in pair.blocks():
         assert weight is not None
         left[where, :kept] = (weight * delta) @ (vectors * inverse)
-    return left.float(), right.float()
+    factors = left.float(), right.float()
+    if not all(map(all_finite, factors)):
+        raise HiraError(f"The LoRA of module {module!r} has numbers beyond float32; use an earlier checkpoint.")
+    return factors
 
 
 def _error(pair: Matrices, left: Tensor, right: Tensor) -> tuple[float, float]:

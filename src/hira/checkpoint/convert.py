@@ -110,7 +110,9 @@ def convert_adapter(
         config, tensors = conversion.fold(config, tensors)
     result = Conversion(output.target, config["peft_type"], config["r"], len(found.modules), lora)
     with output:
-        output.write(CONFIG, (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        output.write(
+            CONFIG, (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        )
         _write_tensors(output, tensors)
         output.write(CARD, _card(found.path, result, source, fold, config.get("base_model_name_or_path")))
     return result

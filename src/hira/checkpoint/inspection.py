@@ -15,6 +15,8 @@ from hira.checkpoint.adapter import Kind, read_adapter
 from hira.checkpoint.base_weights import BaseWeights
 from hira.checkpoint.factors import Factors, Matrices, check_shapes, matrices, pairs
 from hira.errors import HiraError
+from hira.ops import paths
+from hira.ops.dither import Noise, noise_of, round_into
 
 WeightOf = Callable[[str], Tensor | None]
 
@@ -57,11 +59,12 @@ class LayerReport:
         weight_norm: ``||W0||``.
         update_norm: ``||W0 * BA||``.
         relative_norm: ``||W0 * BA|| / ||W0||``; None too where W0 is zero.
-        bfloat16_lost: ``1 - <K, U> / ||U||^2`` with ``U = W0 * BA`` and ``K = round(W0 + U) - round(W0)`` what is left
-            of it when W0 and the merged weight are rounded to nearest in bfloat16: 0 if merging loses nothing, 1 if it
-            loses all, below 0 by a little where rounding happens to add. Rounding that is right on average leaves 0.
-            None too where U is zero.
-        bfloat16_unchanged: the share of the entries with ``U != 0`` where K is 0.
+        bfloat16_lost: ``1 - <K, U> / ||U||^2`` with ``U = W0 * BA`` and ``K = W' - W0`` what is left of it in bfloat16,
+            W' rounded as merging rounds it: with a dither where W0 is in half precision. 0 if merging loses nothing, 1
+            if it loses all, below 0 by a little where rounding happens to add. None too where U is zero, or W' too
+            large for bfloat16.
+        bfloat16_lost_to_nearest: the same, W' rounded to nearest.
+        bfloat16_unchanged: the share of the entries with ``U != 0`` where K, of W' as merging rounds it, is 0.
         weight: the singular values of W0.
         update: those of ``W0 * BA``.
     """
@@ -80,6 +83,7 @@ class LayerReport:
     update_norm: float | None = None
     relative_norm: float | None = None
     bfloat16_lost: float | None = None
+    bfloat16_lost_to_nearest: float | None = None
     bfloat16_unchanged: float | None = None
     weight: Spectrum | None = None
     update: Spectrum | None = None
@@ -94,12 +98,16 @@ class Report:
         parameters: the number of entries of all its tensors.
         layers: a report for each module with factors.
         relative_norm: ``sqrt(sum ||W0 * BA||^2 / sum ||W0||^2)`` over the layers; None unless W0 is known for all.
+        bfloat16_lost: that of the layers, of all their updates together; None unless it is known of all that change.
+        bfloat16_lost_to_nearest: likewise.
     """
 
     config: dict[str, Any]
     parameters: int
     layers: tuple[LayerReport, ...]
     relative_norm: float | None
+    bfloat16_lost: float | None
+    bfloat16_lost_to_nearest: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dictionaries, lists, strings and numbers, as JSON has them."""
@@ -146,6 +154,8 @@ def inspect(
         parameters=sum(value.numel() for value in tensors.values()),
         layers=tuple(layers),
         relative_norm=_overall(layers),
+        bfloat16_lost=_lost(layers, lambda layer: layer.bfloat16_lost),
+        bfloat16_lost_to_nearest=_lost(layers, lambda layer: layer.bfloat16_lost_to_nearest),
     )
 
 
@@ -209,7 +219,8 @@ def inspect_layer(
         The report.
 
     Raises:
-        HiraError: A and B do not fit each other or W0, are not finite, or W0 is quantised or not finite.
+        HiraError: A and B do not fit each other or W0, are not finite, or are so large that a norm is not; or W0 is
+            quantised or not finite.
 
     Cost: with m rows, n columns and n <= m, 2 m n r for the norms, and for both spectra 4 m n^2, some 20 n^3 more, and
     memory for three matrices of n x n: about a minute for 4096 x 4096 on two cores. Above n = 8192 W0 and U have no
@@ -219,14 +230,19 @@ def inspect_layer(
     pair = matrices(name, Factors(A, B, kind), W0, fan_in_fan_out)
     columns = pair.right.shape[1]
     known = W0 is not None and spectra and columns <= MAX_DIM
-    sums, grams = _Sums(), [pair.left.new_zeros(columns, columns, dtype=torch.float64) for _ in range(2 * known)]
-    for _, weight, delta in pair.blocks():
+    sums, grams = _Sums(pair), [pair.left.new_zeros(columns, columns, dtype=torch.float64) for _ in range(2 * known)]
+    for rows, weight, delta in pair.blocks():
         sums.add_delta(delta)
         if weight is not None:
             update = weight * delta
-            sums.add_update(weight, update)
+            sums.add_update(rows, weight, update)
             for gram, matrix in zip(grams, (weight, update), strict=False):
                 gram.addmm_(matrix.t(), matrix)
+    if not all(map(math.isfinite, (sums.delta, sums.weight, sums.update))):
+        raise HiraError(
+            f"The update of module {name!r} is too large to be measured: max |BA| is {sums.largest:.3g}. The training "
+            "diverged, or a file is damaged; use an earlier checkpoint of the adapter."
+        )
     out, inputs = (B.shape[0], A.shape[1:]) if kind != "embedding" else (A.shape[1], B.shape[:1])
     count = pair.left.shape[0] * columns
     fields: dict[str, Any] = {} if W0 is None else sums.update_fields()
@@ -259,17 +275,27 @@ def check_adapter(config: Mapping[str, Any]) -> None:
 class _Sums:
     """What is added up over the blocks of a layer."""
 
-    def __init__(self) -> None:
-        self.delta = self.weight = self.update = self.kept = self.largest = 0.0
+    def __init__(self, pair: Matrices) -> None:
+        self.delta = self.weight = self.update = self.kept = self.kept_to_nearest = self.largest = 0.0
         self.near = self.changed = self.moved = 0
+        self._noise: Noise | None = None
+        if pair.W0 is not None and paths.dithers(pair.W0.dtype, torch.bfloat16):
+            # the noise of an entry is that of its row and its column in the layer's own orientation
+            noise = noise_of(pair.W0.t() if pair.transposed else pair.W0)
+            self._noise = Noise(noise.columns, noise.rows) if pair.transposed else noise
 
     def add_delta(self, delta: Tensor) -> None:
         self.delta += float(delta.square().sum())
         self.largest = max(self.largest, float(delta.abs().max()) if delta.numel() else 0.0)
         self.near += int(((1 + delta).abs() < NEAR).sum())
 
-    def add_update(self, weight: Tensor, update: Tensor) -> None:
-        kept = (weight + update).bfloat16().double() - weight.bfloat16().double()
+    def add_update(self, rows: slice, weight: Tensor, update: Tensor) -> None:
+        merged, base = weight + update, weight.bfloat16().double()
+        to_nearest = kept = merged.bfloat16().double() - base
+        if self._noise is not None:
+            rounded = torch.empty_like(merged, dtype=torch.bfloat16)
+            kept = round_into(rounded, merged.float(), self._noise.rows[rows], self._noise.columns).double() - base
+        self.kept_to_nearest += float((to_nearest * update).sum())
         self.weight += float(weight.square().sum())
         self.update += float(update.square().sum())
         self.kept += float((kept * update).sum())
@@ -281,9 +307,13 @@ class _Sums:
             "weight_norm": math.sqrt(self.weight),
             "update_norm": math.sqrt(self.update),
             "relative_norm": math.sqrt(self.update / self.weight) if self.weight else None,
-            "bfloat16_lost": 1 - self.kept / self.update if self.update else None,
+            "bfloat16_lost": self._share_lost(self.kept),
+            "bfloat16_lost_to_nearest": self._share_lost(self.kept_to_nearest),
             "bfloat16_unchanged": 1 - self.moved / self.changed if self.changed else None,
         }
+
+    def _share_lost(self, kept: float) -> float | None:
+        return 1 - kept / self.update if self.update and math.isfinite(kept) else None
 
 
 def _low_rank_values(pair: Matrices) -> Tensor:
@@ -312,11 +342,20 @@ def _spectrum(values: Tensor, top: int) -> Spectrum:
 
 
 def _overall(layers: list[LayerReport]) -> float | None:
-    squares = [(layer.update_norm, layer.weight_norm) for layer in layers]
-    if any(update is None or weight is None for update, weight in squares):
+    norms = [(layer.update_norm, layer.weight_norm) for layer in layers]
+    if any(update is None or weight is None for update, weight in norms):
         return None
-    total = sum(weight**2 for _, weight in squares if weight)
-    return math.sqrt(sum(update**2 for update, _ in squares if update) / total) if total else None
+    total = math.hypot(*(weight for _, weight in norms if weight))
+    return math.hypot(*(update for update, _ in norms if update)) / total if total else None
+
+
+def _lost(layers: list[LayerReport], of: Callable[[LayerReport], float | None]) -> float | None:
+    """The share lost of all updates together, each weighed by its squared norm."""
+    changed = [(layer.update_norm, of(layer)) for layer in layers if layer.update_norm != 0]
+    whole = math.hypot(*(norm or 0.0 for norm, _ in changed))
+    if not whole or any(norm is None or lost is None for norm, lost in changed):
+        return None
+    return sum((norm / whole) ** 2 * lost for norm, lost in changed if norm is not None and lost is not None)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from hira.checkpoint.printed import printable
+
 CARD = "README.md"
 
 
@@ -46,7 +48,7 @@ def card(
     Returns:
         The card, with a header that the hub reads, and with the versions of what made the folder.
     """
-    header = [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
+    header = [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII) else []
     header += [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]
     versions = {name: version(name) for name in ("hira", "torch", "peft", "transformers")}
     versions["python"] = platform.python_version()
@@ -61,14 +63,13 @@ def card(
         "",
         *(line for part in text for line in (part, "")),
     ]
-    shown = "".join(character if character.isprintable() else "?" for character in shlex.join(command))
-    lines += ["| | |", "|---|---|", *table, "", "```sh", shown, "```", ""]
+    lines += ["| | |", "|---|---|", *table, "", "```sh", printable(shlex.join(command)), "```", ""]
     return "\n".join(lines).encode()
 
 
 def quoted(name: str) -> str:
     """A name that Markdown takes for nothing else."""
-    return "`" + json.dumps(name).replace("`", "\\u0060").replace("|", "\\u007c") + "`"
+    return "`" + printable(json.dumps(name)).replace("`", "\\u0060").replace("|", "\\u007c") + "`"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hira.checkpoint.inspection import Report
-from hira.checkpoint.report_table import grid, measures, printable, written
+from hira.checkpoint.printed import printable, printable_lines
+from hira.checkpoint.report_table import grid, measures, written
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c2128; --faint: #5c6570; --line: #d5dae0; --empty: #f1f3f5;
@@ -150,6 +151,7 @@ def page(report: Report, title: str = "adapter") -> str:
     norm = report.relative_norm
     overall = "" if norm is None else f", the update has {norm:.2e} of W₀’s norm overall"
     shown = data["measures"][first]
+    config = escape(printable_lines(json.dumps(report.config, indent=1)))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
@@ -164,7 +166,7 @@ def page(report: Report, title: str = "adapter") -> str:
 <section id="live" hidden aria-live="polite"><h2 id="chosen"></h2><p id="facts"></p>
 <div id="charts"></div><p>Singular values in descending order, on a logarithmic scale.</p></section>
 <details><summary>All numbers</summary><div class="scroll">{_numbers(report)}</div></details>
-<details><summary>Configuration</summary><pre>{escape(json.dumps(report.config, indent=1))}</pre></details>
+<details><summary>Configuration</summary><pre>{config}</pre></details>
 <script type="application/json" id="data">{_embedded(data)}</script>
 <script>{_SCRIPT}</script></body></html>
 """

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hira.checkpoint.inspection import LayerReport, Report
+from hira.checkpoint.printed import printable
 from hira.errors import HiraError
 
 
@@ -84,11 +85,6 @@ def grid(report: Report) -> tuple[list[str], list[str], dict[tuple[str, str], in
     return sorted(rows, key=_natural), columns, cells
 
 
-def printable(name: str) -> str:
-    """A name with what would move a terminal's cursor or turn text around written as escapes."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
-
-
 def table(report: Report) -> Table:
     """A row for each layer and a column for each measure, for a terminal."""
     chosen = measures(report)
@@ -109,7 +105,8 @@ def table(report: Report) -> Table:
 
 def to_json(report: Report) -> str:
     """The report as JSON."""
-    return json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+    return text.replace("\x7f", "\\u007f") + "\n"  # the one control character that JSON need not escape
 
 
 def plot(report: Report, path: Path) -> None:

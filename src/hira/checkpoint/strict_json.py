@@ -1,8 +1,9 @@
-"""JSON from files that are not trusted: of limited size, one object, no key twice."""
+"""JSON from files that are not trusted: of limited size, one object, no key twice, all numbers finite."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """Return the object that some bytes of JSON hold.
 
     Args:
-        data: the bytes, UTF-8; JSON as by RFC 8259, that is without NaN and Infinity.
+        data: the bytes, UTF-8; JSON as by RFC 8259, whose numbers are finite.
         what: the file, for messages.
 
     Returns:
-        The object. All its keys and strings can be written as UTF-8 again.
+        The object. All its keys and strings can be written as UTF-8 again, and all its numbers as JSON.
 
     Raises:
-        HiraError: it is not UTF-8, not JSON or not an object, has a key twice, or is nested too deep.
+        HiraError: it is not UTF-8, not JSON or not an object, has a key twice, is nested too deep, or has NaN,
+            Infinity, or a number like 1e999 that float64 cannot hold; the message names its field.
     """
     try:
         text = data.decode()
@@ -36,8 +38,16 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
             raise HiraError(f"{what} has the key {_first_repeated(pairs)!r} twice; it was damaged or tampered with.")
         return found
 
+    not_finite: list[str] = []
+
+    def number(digits: str) -> float:
+        found = float(digits)
+        if not math.isfinite(found):
+            not_finite.append(digits)
+        return found
+
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
         if "\\u" in text:  # only an escape can give half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
     except HiraError:
@@ -50,6 +60,11 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         )
     if not isinstance(value, dict):
         raise HiraError(f"{what} holds a {type(value).__name__} where an object was expected; get the file anew.")
+    if not_finite:
+        raise HiraError(
+            f"{what} has {not_finite[0][:40]} for {_field(value)!r}, which is no finite number of float64; correct the "
+            'file. Where it has to be infinite, transformers 5 writes and reads {"__float__": "Infinity"}.'
+        )
     return value
 
 
@@ -87,8 +102,15 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def _field(value: Any) -> str:
+    """Where in an object the first number is that is not finite, such as `rope_parameters.rope_theta`."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, float) and not math.isfinite(part):
+            return str(key)
+        if isinstance(part, dict | list) and (field := _field(part)):
+            return f"{key}.{field}"
+    return ""
 
 
 def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
