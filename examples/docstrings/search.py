@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
+import quiet  # noqa: F401
+
+# isort: split
 from data import load_docstrings
 from training import METHODS, RATES_FILE, STEPS, Method, Rates, tokenize, train
 

@@ -9,7 +9,19 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 import hira  # noqa: F401  PEFT's HIRA type now means hira's layers; nothing below mentions it
 from model import MAX_TOKENS, load_base, load_tokenizer
@@ -17,6 +29,11 @@ from model import MAX_TOKENS, load_base, load_tokenizer
 Method = Literal["head", "LoRA", "HiRA"]
 RATES_FILE = Path(__file__).with_name("learning_rates.json")  # written by search.py
 METHODS: tuple[Method, ...] = ("head", "LoRA", "HiRA")
+DESCRIPTIONS: dict[Method, str] = {
+    "head": "the classification head alone, the rest frozen",
+    "LoRA": "LoRA, W' = W0 + BA, and the head",
+    "HiRA": "HiRA, W' = W0 ⊙ (1 + BA), and the head",
+}
 BATCH = 32
 STEPS = 180  # three epochs of some 1,900 texts
 RANK = 8
@@ -42,6 +59,37 @@ class Run:
         """Steps and values of a logged quantity."""
         rows = [row for row in self.trainer.state.log_history if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for a run, with the latest training loss and validation accuracy behind it."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[loss]}{task.fields[accuracy]}"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.task = self.progress.add_task("", total=state.max_steps, loss="", accuracy="")
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        row = state.log_history[-1]
+        if "loss" in row:
+            self.progress.update(self.task, loss=f"training loss {row['loss']:.2f}")
+        if "eval_accuracy" in row:
+            self.progress.update(self.task, accuracy=f", validation accuracy {row['eval_accuracy']:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.progress.stop()
 
 
 def build(method: Method, classes: int) -> PreTrainedModel | PeftModel:
@@ -117,7 +165,7 @@ def train(method: Method, rates: Rates, data: DatasetDict, seed: int, steps: int
         logging_steps=max(steps // 12, 1),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=False,
+        disable_tqdm=True,
         label_names=["labels"],
     )
     trainer = Trainer(
@@ -128,7 +176,9 @@ def train(method: Method, rates: Rates, data: DatasetDict, seed: int, steps: int
         data_collator=DataCollatorWithPadding(load_tokenizer()),
         compute_metrics=accuracy,
         optimizers=(build_optimizer(model, rates), None),  # None: the Trainer makes the linear schedule
+        callbacks=[ProgressBar()],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints each row of the log as a dictionary
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,11 +23,36 @@ from hira_cli import checkpoints
 
 app = typer.Typer(
     name="hira",
-    help="HiRA adapters for PEFT, at LoRA's price.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hira {version('hira')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print hira's version and exit.")
+    ] = False,
+) -> None:
+    """HiRA adapters for PEFT, at LoRA's price."""
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Leave out what quantisation libraries log while PEFT imports them; errors are still shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Device(str, Enum):
@@ -74,10 +102,11 @@ def run(
 @app.command()
 def env() -> None:
     """Print the versions that matter here, and the paths the operators take on this machine."""
-    import torch
+    with _quiet_imports():
+        import torch
 
-    import hira
-    from hira.ops import paths
+        import hira
+        from hira.ops import paths
 
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
@@ -109,9 +138,10 @@ def bench(
     Every result is checked against a float64 reference first, and a wrong one gets no time. The methods then run
     interleaved, forward and backward where a case trains; medians and their ratios are printed.
     """
-    import torch
+    with _quiet_imports():
+        import torch
 
-    from hira import bench as benchmark
+        from hira import bench as benchmark
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no CUDA device here", param_hint="--device")
