@@ -1,4 +1,4 @@
-"""Imported before all else: leaves out what other libraries log and warn of, such as quantisers when PEFT imports them."""
+"""Imported before all else: leaves out what other libraries log or warn of, quantisers that PEFT imports among them."""
 
 import logging
 import warnings
