@@ -23,6 +23,11 @@ from hira.weights import Storage
 bnb: Any = None  # bitsandbytes, once a layer of it has been seen
 
 
+class _Snapshot4bit(NamedTuple):
+    weight: Any
+    may_be_repacked: bool
+
+
 class Packed4bit(Storage):
     """A weight packed to 4 bits: blocks of codes and their scales, in a `Params4bit`.
 
@@ -59,10 +64,14 @@ class Packed4bit(Storage):
         )
         self.allow_repacking()
 
+    def snapshot(self) -> _Snapshot4bit:
+        return _Snapshot4bit(super().snapshot(), self.layer.support_avx512bf16_for_cpu)
+
     def restore(self, snapshot: Any) -> None:
         device = self.layer.weight.device
-        self._install(snapshot if snapshot.device == device else snapshot.to(device))
-        self.prevent_repacking()
+        weight, may_be_repacked = snapshot
+        self._install(weight if weight.device == device else weight.to(device))
+        self.layer.support_avx512bf16_for_cpu = may_be_repacked
 
     def prevent_repacking(self) -> None:
         """Have bitsandbytes leave the weight in the format that it has."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class MergeableLayer(BaseTunerLayer):
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
         self._record: _Record | None = None
+        self.register_load_state_dict_post_hook(_settle_after_loading)
 
     def get_base_layer(self) -> Any:
         """The layer that is adapted, inside other tuners' layers too; PEFT's own walk is slow for every forward."""
@@ -82,6 +84,22 @@ class MergeableLayer(BaseTunerLayer):
         if self._record is not None:
             self.storage.restore(self._record.original)
         self._forget_merge()
+
+    @contextmanager
+    def holding_W0(self) -> Iterator[None]:
+        """Have the base layer hold W0 in the body, merged or not, as a checkpoint that has A and B has to."""
+        self._settle()
+        record = self._record
+        if record is None:
+            yield
+            return
+        storage, merged = self.storage, self.storage.snapshot()
+        storage.restore(record.original)
+        try:
+            yield
+        finally:
+            storage.restore(merged)
+            self._record = _Record(record.original, *storage.identity())
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise a HiraError if merging some adapters would give a weight that is not finite; changes no weight."""
@@ -136,7 +154,10 @@ class MergeableLayer(BaseTunerLayer):
             storage.restore(present)
 
     def _settle(self) -> None:
-        """Find out whether the base weight was replaced while merged; if so, it is the new W0 and nothing is merged."""
+        """Find out whether the base weight was replaced while merged: W0, as a state dict has it, is merged into again.
+
+        Another weight is the new W0, and nothing is merged.
+        """
         self.storage.check_here()
         record = self._record
         if record is None:
@@ -146,8 +167,13 @@ class MergeableLayer(BaseTunerLayer):
             return
         storage, present = self.storage, self.storage.snapshot()
         found = storage.read()
+        storage.restore(record.original)
+        is_original = torch.equal(storage.read(), found)
+        storage.restore(present)
         self._write_merged(self.merged_adapters, record.original)
-        if not torch.equal(storage.read(), found):
+        if is_original or torch.equal(storage.read(), found):
+            self._record = _Record(record.original, *storage.identity())
+        else:
             storage.restore(present)
             warnings.warn(
                 f"The base weight of {self.name or 'a layer'} was replaced while {self.merged_adapters} were merged; "
@@ -159,3 +185,8 @@ class MergeableLayer(BaseTunerLayer):
     def _forget_merge(self) -> None:
         self._record = None
         self.merged_adapters.clear()
+
+
+def _settle_after_loading(layer: MergeableLayer, _: Any) -> None:
+    if layer.merged:
+        layer._settle()

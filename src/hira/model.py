@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -233,9 +233,12 @@ class HiraModel(BaseTuner):
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         targets = [config.target_modules or () for config in self.peft_config.values()]  # names, or a pattern
         if any(name in names for name in EMBEDDING_LAYER_NAMES for names in targets):
-            for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
-                if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
-                    offload.bring_in(state, module, f"{name}.")
+            with ExitStack() as stack:
+                for layer in hira_layers(self.model):
+                    stack.enter_context(layer.holding_W0())
+                for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
+                    if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
+                        offload.bring_in(state, module, f"{name}.")
         return state
 
     @classmethod

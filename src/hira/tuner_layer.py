@@ -177,8 +177,9 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         return factor
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module; adapters that were offloaded are brought in for it."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        """As of any module; it has W0 while adapters are merged too, and adapters that are offloaded are brought in."""
+        with self.holding_W0():
+            state = super().state_dict(*args, prefix=prefix, **kwargs)
         for attribute in self.adapter_layer_names:
             offload.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
@@ -264,7 +265,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         y: Tensor
         base, given = self.get_base_layer(), x.device
         if offload.is_hooked(base):
-            self.storage.check_here()
+            self._settle()  # whoever offloads a model may have made the hook's values of a state dict
             x = offload.place(x, base)
         if self.disable_adapters and self.merged:
             self.unmerge()
