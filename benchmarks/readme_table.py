@@ -15,9 +15,9 @@ COLUMNS = ("hira", "hira, int8 gradient", "PEFT's HiRA", "DoRA", "full fine-tuni
 
 
 def rows() -> list[str]:
-    """The table in Markdown: times relative to LoRA's, and peaks of memory where they were measured."""
+    """The table in Markdown: LoRA's times and peaks of memory, the others' as multiples of these."""
     records = [record for path in RESULTS for record in bench.load(path)[0]]
-    lines = [f"| | LoRA | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    lines = [f"| | LoRA | {' | '.join(f'{name} / LoRA' for name in COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for case, group in by_case(records).items():
         lora = find(group, "LoRA")
         times = [_cell(find(group, name), lora) for name in COLUMNS]

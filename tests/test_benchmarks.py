@@ -28,7 +28,7 @@ def test_the_readme_has_the_table_of_the_committed_results():
 
     readme = readme_table.README.read_text()
     assert readme_table.with_table(readme) == readme
-    assert "| hira |" in readme
+    assert "| hira / LoRA |" in readme
 
 
 def test_the_gpu_script_checks_every_kernel():
