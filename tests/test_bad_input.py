@@ -149,7 +149,7 @@ def test_bad_fields_of_a_stock_config(fields):
             r"^norm: Target module LayerNorm.* is not supported\. HiRA adapts nn\.Linear, nn\.Emb",
         ),
         (["blocks"], HiraError, r"(?s)^blocks: Target module ModuleList.* is not supported"),
-        (None, ValueError, "Please specify `target_modules` in `peft_config`"),
+        (None, HiraError, "Please specify `target_modules` in `peft_config`"),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import tempfile
@@ -278,3 +279,41 @@ def test_a_weight_gradient_that_is_not_the_default_is_saved(tmp_path):
 def test_an_unknown_weight_gradient_is_refused():
     with pytest.raises(HiraError, match=r"weight_gradient must be 'exact' or 'int8', not 'fp8'\."):
         HiraConfig(weight_gradient="fp8")
+
+
+# Fields of LoRA, and misspelt ones
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lora_alpha", 16, "HiRA has no scale: the learning rate"),
+        ("use_rslora", True, "HiRA has no scale"),
+        ("alpha_pattern", {}, "HiRA has no scale"),
+        ("lora_dropout", 0.1, "hira_dropout"),
+        ("lora_r", 8, "the rank is r"),
+        ("init_lora_weights", True, "init_weights"),
+        ("bias", "none", "trains no biases"),
+        ("use_dora", True, "DoRA"),
+        ("loftq_config", {}, "no counterpart in HiRA"),
+        ("target_module", ["q_proj"], "'target_modules' is meant"),
+        ("flavour", "mint", "the fields are .*hira_dropout"),
+    ],
+)
+def test_an_unknown_field_is_named_with_what_to_do_instead(field, value, message):
+    with pytest.raises(HiraError, match=rf"'{field}'.*{message}") as caught:
+        HiraConfig(r=4, **{field: value})
+    assert isinstance(caught.value, TypeError)  # as of any other class
+
+
+def test_fields_that_a_file_has_and_hira_has_not_are_dropped_with_a_warning(tmp_path):
+    fields = {**written(HiraConfig(r=3), tmp_path), "lora_alpha": 16, "of_the_future": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    for load in (HiraConfig.from_pretrained, peft.PeftConfig.from_pretrained):
+        with pytest.warns(UserWarning, match=r"\['lora_alpha', 'of_the_future'\]"):
+            assert load(str(tmp_path)) == HiraConfig(r=3)
+
+
+def test_the_signature_is_that_of_the_fields():
+    parameters = list(inspect.signature(HiraConfig).parameters)
+    assert parameters == [field.name for field in dataclasses.fields(HiraConfig) if field.init]

@@ -26,7 +26,7 @@ LAYERS = [
     ["tuner_layer"],
     ["layer", "experts"],
     ["bnb", "attention"],
-    ["dispatch", "state_dicts"],
+    ["dispatch", "state_dicts", "adapter_names"],
     ["model"],
     ["mixed"],
     ["registration"],

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import types
+import warnings
+from collections.abc import Callable
 
 import peft
 import pytest
@@ -336,3 +340,103 @@ def test_the_fast_path_of_torchs_encoder_multiplies_by_the_adapted_weights():
     assert not torch.allclose(slow, before, atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), slow, rtol=1e-4, atol=1e-5)
+
+
+# Models whose config does not say of which type they are
+
+
+class Projection(nn.Module):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config, self.c_attn = config, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_attn(x)
+
+
+@dataclasses.dataclass
+class Width:
+    n_embd: int = 8
+
+
+CONFIGS = {
+    "dataclass": Width(),
+    "dict": {"width": 8},
+    "dict without a type": {"model_type": None},
+    "namespace": types.SimpleNamespace(model_type=None),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_need_not_say_the_type_of_the_model(config):
+    hira_config = hira.HiraConfig(r=2, target_modules=["c_attn"], init_weights=False)
+    for add in (get_peft_model, lambda model, config: peft.inject_adapter_in_model(config, model)):
+        model = add(Projection(config), hira_config)
+        x = torch.randn(3, 8)
+        layer = next(module for module in model.modules() if isinstance(module, hira.HiraLayer))
+        W = layer.base_layer.weight * (1 + layer.hira_B["default"] @ layer.hira_A["default"])
+        torch.testing.assert_close(model(x), x @ W.T + layer.base_layer.bias, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), {"model_type": "own"}], ids=[*CONFIGS, "own type"])
+def test_only_default_modules_need_the_type_of_the_model(config):
+    with pytest.raises(HiraError, match="Please specify `target_modules`"):
+        get_peft_model(Projection(config), hira.HiraConfig(r=2))
+
+
+def test_a_diffusers_model():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=4, **blocks
+    ).eval()
+    sample = torch.randn(1, 3, 8, 8)
+    before = unet(sample, 1).sample
+    model = get_peft_model(unet, hira.HiraConfig(r=2, target_modules=["to_q", "to_v"], init_weights=False))
+    expected = model(sample, 1).sample
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(model.merge_and_unload()(sample, 1).sample, expected, **CLOSE)
+
+
+# Target modules that are none of the model's
+
+
+def warnings_of(add: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        add()
+    return [str(warning.message) for warning in caught if "target_modules" in str(warning.message)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_names_that_match_nothing_beside_others_that_do_are_warned_of(mixed):
+    config = hira.HiraConfig(target_modules=["q_proj", "w1_typo", "self_attn.v_proj", "v_attn"])
+    (message,) = warnings_of(lambda: get_peft_model(llama(), config, mixed=mixed))
+    assert "no module for 'v_attn', 'w1_typo' in target_modules" in message
+    assert "['q_proj', 'self_attn.v_proj'] are adapted" in message
+
+
+def test_a_second_adapter_is_warned_of_too():
+    model = get_peft_model(llama(), hira.HiraConfig(target_modules=["q_proj"]))
+    (message,) = warnings_of(lambda: model.add_adapter("b", hira.HiraConfig(target_modules=["q_proj", "qkv"])))
+    assert "'qkv'" in message
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "model.layers.1.mlp.up_proj"], "all-linear", ".*q_proj", None, ["embed_tokens", "lm_head"]],
+    ids=str,
+)
+def test_names_that_all_match_are_not_warned_of(targets):
+    model = get_peft_model(llama(), hira.HiraConfig(target_modules=targets))
+    assert not warnings_of(lambda: model.add_adapter("b", hira.HiraConfig(target_modules=targets)))
+
+
+def test_layers_and_exclusions_are_not_misspelt_names():
+    config = hira.HiraConfig(
+        target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=[".*v_proj", "v_proj"]
+    )
+    assert not warnings_of(lambda: get_peft_model(llama(), config))

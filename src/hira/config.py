@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
@@ -15,8 +18,57 @@ from safetensors import SafetensorError, safe_open
 from hira.errors import HiraError
 
 InitWeights = bool | Literal["gaussian"] | None
+Config = TypeVar("Config", bound=PeftConfig)
+
+_NO_SCALE = "HiRA has no scale: the learning rate sets the size of the update, and is commonly 5 to 50 times LoRA's"
+_INSTEAD = {
+    "lora_alpha": _NO_SCALE,
+    "alpha": _NO_SCALE,
+    "alpha_pattern": _NO_SCALE,
+    "use_rslora": _NO_SCALE,
+    "lora_r": "the rank is r",
+    "rank": "the rank is r",
+    "r_ab": "the rank is r; `hira convert --from original` reads adapters of the paper's repository",
+    "lora_dropout": "it is hira_dropout",
+    "dropout": "it is hira_dropout",
+    "init_lora_weights": "it is init_weights: True, 'gaussian' or False",
+    "bias": "HiRA trains no biases",
+    "lora_bias": "HiRA trains no biases",
+    "use_dora": "HiRA scales each entry of the weight already, and is not combined with DoRA",
+}
 
 
+class UnknownFieldError(HiraError, TypeError):
+    """A HiraError for a field that HiraConfig does not have; a TypeError too, from which PEFT knows to drop it."""
+
+
+def _explaining_unknown_fields(config_class: type[Config]) -> type[Config]:
+    """Make a configuration say what to do instead where it is given a field that it does not have."""
+    init = vars(config_class)["__init__"]
+
+    @functools.wraps(init)
+    def explaining(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = {item.name for item in fields(self) if item.init}
+        for name in kwargs.keys() - known:
+            raise UnknownFieldError(f"HiraConfig got an unexpected keyword argument {name!r}: {_instead(name, known)}.")
+        init(self, *args, **kwargs)
+
+    setattr(config_class, "__init__", explaining)  # noqa: B010 (mypy lets no `__init__` be assigned)
+    return config_class
+
+
+def _instead(name: str, known: set[str]) -> str:
+    """What to do in the place of setting an unknown field."""
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    if name in {item.name for item in fields(LoraConfig)}:
+        return "this field of LoRA has no counterpart in HiRA; leave it out"
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"perhaps {close[0]!r} is meant"
+    return f"the fields are {', '.join(sorted(known))}"
+
+
+@_explaining_unknown_fields
 @dataclass
 class HiraConfig(PeftConfig):
     """Configures HiRA adapters, ``W' = W0 * (1 + BA)``; the fields and their JSON are those of PEFT's HiraConfig.
@@ -49,9 +101,10 @@ class HiraConfig(PeftConfig):
             adapter computes does not depend on it.
 
     Raises:
-        HiraError: r or a rank of `rank_pattern` is not a positive integer, the dropout is not in [0, 1), or not 0 with
-            `target_parameters`, these are not a list of names, `init_weights` or `weight_gradient` is unknown, or
-            `layers_to_transform` or `layers_pattern` goes with a regular expression.
+        HiraError: a field does not exist (a TypeError as well), r or a rank of `rank_pattern` is not a positive
+            integer, the dropout is not in [0, 1), or not 0 with `target_parameters`, these are not a list of names,
+            `init_weights` or `weight_gradient` is unknown, or `layers_to_transform` or `layers_pattern` goes with a
+            regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.mixed import MixedModel
@@ -14,7 +14,7 @@ from hira import offload
 from hira.config import check_config
 from hira.errors import HiraError
 from hira.layer import HiraLayer
-from hira.model import HiraModel, check_new_name, hira_layers
+from hira.model import HiraModel, check_new_name, hira_layers, reporting_unmatched
 from hira.transaction import unchanged_on_error
 
 
@@ -32,12 +32,13 @@ class HiraMixedModel(MixedModel):
             super()._create_and_replace(config, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if _is_hira(self.peft_config[adapter_name]):
-            check_config(self.peft_config[adapter_name])
-            check_new_name(model, adapter_name)
-            if getattr(self.peft_config[adapter_name], "target_parameters", None):
+        config = self.peft_config[adapter_name]
+        if _is_hira(config):
+            check_config(config)
+            check_new_name(model, adapter_name, self.peft_config)
+            if getattr(config, "target_parameters", None):
                 raise HiraError("target_parameters is not for mixed models; target modules, or use PeftModel.")
-        with unchanged_on_error(model):
+        with unchanged_on_error(model), reporting_unmatched(model, config) if _is_hira(config) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_H
 from torch import Tensor, nn
 
 from hira import offload
+from hira.adapter_names import check_name, check_saved_modules
 from hira.attention import check_not_offloaded
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
@@ -50,21 +52,29 @@ class HiraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted module; arguments and errors as the class's."""
-        check_config(self.peft_config[adapter_name])
-        check_new_name(model, adapter_name)
-        check_targets(model, _target_parameters(self.peft_config[adapter_name]))
-        offload.check_copies(model, self.peft_config[adapter_name].modules_to_save or ())
+        config = self.peft_config[adapter_name]
+        check_config(config)
+        check_new_name(model, adapter_name, self.peft_config)
+        check_targets(model, _target_parameters(config))
+        offload.check_copies(model, config.modules_to_save or ())
         with unchanged_on_error(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with reporting_unmatched(model, config, kwargs.get("state_dict")):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
         offload.enter_adapters(model, HiraLayer, self.prefix)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
-        targets = (peft_config.target_modules, self.target_module_mapping.get(model_config["model_type"]))
-        if _target_parameters(peft_config) and targets == (None, None):
-            return peft_config
-        return super()._prepare_adapter_config(peft_config, model_config)
+        model_type = getattr(model_config, "get", lambda name: None)("model_type")
+        if peft_config.target_modules is None and self.target_module_mapping.get(model_type) is None:
+            if _target_parameters(peft_config):
+                return peft_config
+            kind = f"models of type {model_type!r}" if model_type else "a model whose config has no model_type"
+            raise HiraError(
+                f"Please specify `target_modules` in `peft_config`: there are no default modules for {kind}. Name the "
+                "modules to adapt, or pass 'all-linear'."
+            )
+        return super()._prepare_adapter_config(peft_config, {"model_type": model_type})
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Refuse an adapter on other parameters than another's: the nesting of wrappers is in a checkpoint's keys."""
@@ -248,11 +258,18 @@ class HiraModel(BaseTuner):
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
+        others = kwargs.get("unwanted_adapter_names", ())
         for name, layer in model.named_modules():
-            if isinstance(layer, HiraLayer):
-                # PEFT does not look through FSDP's wrappers around parts of the model
-                keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
-                found.update({key: state_dict[key] for key in keys if key in state_dict})
+            if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
+                for attribute, factors in zip(layer.factor_names, layer._factor_dicts, strict=True):
+                    path = f"{unwrapped(name)}.{attribute}"
+                    key = f"{path}.{adapter_name}"
+                    if key in state_dict:  # PEFT does not look through FSDP's wrappers around parts of the model
+                        found[key] = state_dict[key]
+                    elif any(f".{other}." in key for other in others):  # a module's name, which PEFT takes for theirs
+                        found[key] = layer._factor(factors, adapter_name).detach()
+                    for other in others:
+                        found.pop(f"{path}.{other}", None)
         check_whole(found)
         return found
 
@@ -277,8 +294,27 @@ def hira_layers(model: nn.Module) -> list[HiraLayer]:
     return [module for module in model.modules() if isinstance(module, HiraLayer)]
 
 
-def check_new_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter whose name a HiRA layer has already, and a model with layers of PEFT's own HiRA."""
+@contextmanager
+def reporting_unmatched(model: nn.Module, config: Any, state_dict: Any = None) -> Iterator[None]:
+    """Warn of names in a list of `target_modules` that are those of no module, after the body added the adapter."""
+    given = not isinstance(config.target_modules, str | None) and state_dict is None
+    paths = [f".{name}".replace(".base_layer", "") for name, _ in model.named_modules()] if given else []
+    yield
+    if given and not isinstance(config.target_modules, str | None):  # PEFT may have written other names for them
+        unmatched = [name for name in config.target_modules if not any(path.endswith(f".{name}") for path in paths)]
+        if unmatched:
+            warnings.warn(
+                f"The model has no module for {', '.join(map(repr, sorted(unmatched)))} in target_modules; only "
+                f"{sorted(set(config.target_modules) - set(unmatched))} are adapted. Look the names up in "
+                "model.named_modules(); experts that are held as parameters are target_parameters.",
+                stacklevel=2,
+            )
+
+
+def check_new_name(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
+    """Refuse a name that an adapter cannot have, or has already, and a model with layers of PEFT's own HiRA."""
+    check_name(adapter_name)
+    check_saved_modules(model, configs, getattr(configs[adapter_name], "modules_to_save", None) or ())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and type(module).__module__.startswith(STOCK_PACKAGE):
             raise HiraError(

@@ -127,7 +127,7 @@ def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(inject_adapter)
     def wrapper(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        hira.model.check_new_name(model, adapter_name)
+        hira.model.check_new_name(model, adapter_name, self.peft_config)
         return inject_adapter(self, model, adapter_name, *args, **kwargs)
 
     return wrapper
