@@ -124,7 +124,56 @@ def test_links_of_the_hub_cache(tmp_path):
     assert read_folder(tmp_path / "here").path == folder.path
 
 
-@pytest.mark.parametrize("name", ["model-1.safetensors", INDEX, "config.json", "more/config.json"])
+@pytest.mark.parametrize("moved", ["cache", "blobs", "each blob"])
+def test_a_hub_cache_on_another_disk(tmp_path, moved):
+    snapshot, disk = hub(tmp_path), tmp_path / "disk"
+    blobs = snapshot.parents[1] / "blobs"
+    disk.mkdir()
+    for path in {"cache": [blobs.parent], "blobs": [blobs], "each blob": sorted(blobs.iterdir())}[moved]:
+        path.rename(disk / path.name)
+        path.symlink_to(disk / path.name)
+    folder = read_folder(snapshot)
+    assert folder.tensors.keys() == MAP.keys()
+    assert folder.file("config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("secret", ["id_rsa", "0" * 40])
+def test_blobs_that_link_to_a_private_file(tmp_path, secret):
+    """As in a cache that was packed up elsewhere."""
+    snapshot = hub(tmp_path)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "id_rsa").write_text("secret")
+    blob = snapshot.parents[1] / "blobs" / secret
+    blob.unlink(missing_ok=True)
+    blob.symlink_to(tmp_path / "private" / "id_rsa")
+    (snapshot / "extra").symlink_to(f"../../blobs/{secret}")
+    with pytest.raises(HiraError, match=r"is a link to .*id_rsa, outside its folder"):
+        read_folder(snapshot)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a shard", "a single file"])
+def test_weights_that_are_links_to_another_disk(tmp_path, whole):
+    folder, disk = tmp_path / "model", tmp_path / "disk"
+    sharded(folder)
+    disk.mkdir()
+    name = "model-1.safetensors"
+    if whole:
+        (folder / INDEX).unlink()
+        (folder / name).rename(folder / "model.safetensors")
+        name = "model.safetensors"
+    expected = read_folder(folder)
+    (folder / name).rename(disk / "elsewhere")
+    (folder / name).symlink_to(disk / "elsewhere")
+    found = read_folder(folder)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert found.shards[name].path == (disk / "elsewhere").resolve()
+    for content in (b"-----BEGIN OPENSSH PRIVATE KEY-----" * 9, b"{}", b""):  # what a link could be meant to copy
+        (disk / "elsewhere").write_bytes(content)
+        with pytest.raises(HiraError, match="elsewhere"):
+            read_folder(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json", "more/config.json"])
 def test_links_to_elsewhere(tmp_path, name):
     snapshot = hub(tmp_path)
     other = hub(tmp_path, "models--other")

@@ -73,7 +73,13 @@ def in_header(root, old, new):
 
 
 def linked_out(root):
-    (root / "base" / SECOND).rename(root / "elsewhere")
+    (root / "elsewhere").write_text("secret")
+    (root / "base" / "notes.txt").symlink_to("../elsewhere")
+
+
+def weights_linked_out(root):
+    (root / "elsewhere").write_text("secret " * 99)
+    (root / "base" / SECOND).unlink()
     (root / "base" / SECOND).symlink_to("../elsewhere")
 
 
@@ -113,7 +119,8 @@ FAULTS = {
     "index: NUL": (lambda r: in_index(r, ids="x\0.safetensors"), "tensor 'ids' in .*plain name"),
     "index: lone surrogate": (lambda r: in_index(r, ids="\ud800.safetensors"), f"{INDEX} is not JSON"),
     "index: more": (lambda r: in_index(r, more=SECOND), f"names 1 tensors .* lack, such as 'more' of {SECOND}"),
-    "link out": (linked_out, rf"{SECOND} is a link to .*elsewhere, outside"),
+    "link out": (linked_out, r"notes\.txt is a link to .*elsewhere, outside"),
+    "weights that link to a secret": (weights_linked_out, "elsewhere has .* not a safetensors file"),
     "colon": (extra_file(b"a:b"), "'a:b'"),
     "not UTF-8": (extra_file(b"x\xff"), r"'x\\udcff'"),
     "deep config": (lambda r: (r / "base/config.json").write_text('{"a":' * 900 + "1" + "}" * 900), "config.json"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import subprocess
+import sys
 
 import pytest
+import torch
 from plain_folders import bytes_of, everything, file_system, finished, save_sharded
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +101,71 @@ def test_another_job_takes_nothing_up(interrupted, tmp_path, case):
     assert merged(root, **options).resumed == ()
     merge_checkpoint(root / "base", root / "adapter", root / "fresh", **options)
     assert bytes_of(root / "out") == bytes_of(root / "fresh")
+
+
+CAPABILITIES = {"cpu_name": "another", "avx512_bf16": False}
+OTHER_PROCESSORS = {
+    "instructions of PyTorch": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+    "processor": lambda patch: patch.setattr(torch.cpu, "get_capabilities", lambda: CAPABILITIES, raising=False),
+    "machine": lambda patch: patch.setattr(platform, "machine", lambda: "another"),
+    "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 7),
+    "instructions of a library": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PROCESSORS)
+def test_files_of_another_processor_are_formed_again(interrupted, monkeypatch, case):
+    root, complete = interrupted
+    OTHER_PROCESSORS[case](monkeypatch)
+    assert merged(root).resumed == ()
+    assert bytes_of(root / "out") == complete
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same instructions", "other instructions"])
+def test_a_process_with_other_instructions(interrupted, other):
+    root, _ = interrupted
+    capability = "avx2" if torch.backends.cpu.get_cpu_capability() != "AVX2" else "default"
+    program = (
+        "import sys, torch, hira; torch.set_num_threads(int(sys.argv[2])); root = sys.argv[1]; "
+        "print(len(hira.merge_checkpoint(f'{root}/base', f'{root}/adapter', f'{root}/out', overwrite=True).resumed))"
+    )
+    command = [sys.executable, "-c", program, str(root), str(torch.get_num_threads())]
+    environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if other else {})
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout.splitlines()[-1]) == (0 if other else len(FINISHED))
+
+
+def test_a_precision_of_products_that_is_another(interrupted):
+    root, _ = interrupted
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert merged(root).resumed == ()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_shard_on_another_disk(tmp_path):
+    root = save_sharded(tmp_path, 3, 16)
+    merged(root)
+    complete = bytes_of(root / "out")
+    with file_system(tmp_path / "disk", "size=8m") as disk:
+        for part in FINISHED[:2]:
+            shutil.move(root / "base" / part, disk / part)
+            (root / "base" / part).symlink_to(disk / part)
+        shutil.move(root / "adapter/adapter_model.safetensors", disk / "adapter")
+        (root / "adapter/adapter_model.safetensors").symlink_to(disk / "adapter")
+        merged(root)
+        found = {name: data for name, data in bytes_of(root / "out").items() if name.endswith(".safetensors")}
+        assert found == {name: complete[name] for name in found} and len(found) == 3
+        assert not any(path.is_symlink() for path in (root / "out").iterdir())
+        (root / "base" / FINISHED[0]).unlink()
+        (root / "out" / "kept").mkdir()
+        shutil.move(disk / FINISHED[0], root / "out" / "kept" / "weights")
+        (root / "base" / FINISHED[0]).symlink_to(root / "out" / "kept" / "weights")
+        with pytest.raises(HiraError, match=r"out holds .*kept/weights, which is read"):
+            merged(root)
+        assert (root / "out" / "kept" / "weights").exists()
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "link"])

@@ -154,7 +154,7 @@ def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]
         HiraError: there is no file of tensors, only a pickle that is not allowed, or one that is damaged.
     """
     if os.path.lexists(root / TENSORS):
-        return TensorFile(read_header(inside(root, TENSORS)))
+        return TensorFile(read_header(inside(root, TENSORS, weights=True)))
     if not os.path.lexists(root / PICKLE):
         raise HiraError(f"{root} has no {TENSORS}; pass the folder to which the adapter was saved.")
     if not allow_pickle:

@@ -64,13 +64,13 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
 
     Raises:
         HiraError: there is no folder, no safetensors file, an index that names files elsewhere or does not agree with
-            the shards' headers, a link that leads outside, or a bad header.
+            the shards' headers, a link of another file that leads outside, or a bad header.
     """
     root = opened_folder(path, "the model")
     index: str | None = None
     metadata: dict[str, Any] = {}
     if os.path.lexists(root / SINGLE):  # which transformers, too, prefers to an index
-        shards = {SINGLE: read_header(inside(root, SINGLE))}
+        shards = {SINGLE: read_header(inside(root, SINGLE, weights=True))}
         tensors = {name: (shards[SINGLE], entry) for name, entry in shards[SINGLE].entries.items()}
     elif os.path.lexists(root / INDEX):
         index = INDEX
@@ -89,7 +89,7 @@ def _read_index(root: Path) -> tuple[dict[str, Header], dict[str, tuple[Header, 
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise HiraError(f"{path} must have a weight_map of names to files, and metadata that is an object, if any.")
     names = dict.fromkeys(_shard_name(path, tensor, shard) for tensor, shard in weight_map.items())
-    shards = {name: read_header(inside(root, name)) for name in names}
+    shards = {name: read_header(inside(root, name, weights=True)) for name in names}
     tensors: dict[str, tuple[Header, TensorEntry]] = {}
     for shard, header in shards.items():
         for name, entry in header.entries.items():

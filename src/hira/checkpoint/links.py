@@ -1,8 +1,9 @@
-"""Names inside a folder: plain ones only, and links only where the hub's cache makes them."""
+"""Names inside a folder: plain ones only, and links to elsewhere only where they can do no harm."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -31,16 +32,23 @@ def check_basename(name: object, what: str) -> str:
     return name
 
 
-def inside(root: Path, name: str) -> Path:
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a blob is named by its hash
+
+
+def inside(root: Path, name: str, *, weights: bool = False) -> Path:
     """Return the real path of a file in a folder.
+
+    A folder from elsewhere may have a link to a private file, whose content would be copied and then shared. A file
+    that has to be safetensors, with the tensors that are expected, cannot be one.
 
     Args:
         root: the folder's real path.
         name: the file's name, or its path in the folder.
+        weights: whether the file has to be safetensors, and may be a link to anywhere.
 
     Returns:
         The path with links followed, of a plain file in the folder, or among the blobs of the same repository where the
-        folder is a snapshot in the hub's cache.
+        folder is a snapshot in the hub's cache; the blobs may be links to another disk.
 
     Raises:
         HiraError: there is no such file, it is not a plain one, or a link leads elsewhere.
@@ -51,11 +59,22 @@ def inside(root: Path, name: str) -> Path:
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:
         raise HiraError(f"{path} is missing, or cannot be reached; get the folder's files anew.") from error
-    if not real.is_relative_to(root) and real.parent != _blobs(root):
-        raise HiraError(f"{path} is a link to {real}, outside its folder; put the file itself there.")
+    if not (weights or real.is_relative_to(root) or _is_blob(path, real, _blobs(root))):
+        raise HiraError(
+            f"{path} is a link to {real}, outside its folder, which only safetensors files may be; put the file "
+            "itself there."
+        )
     if not stat.S_ISREG(mode):
         raise HiraError(f"{path} is not a plain file; remove it, or put a file there.")
     return real
+
+
+def _is_blob(path: Path, real: Path, blobs: Path | None) -> bool:
+    """Whether a file is one of the repository's blobs, or a link to one that lies elsewhere by the same name."""
+    if blobs is None or real.parent == blobs:
+        return blobs is not None
+    link = path.parent.resolve() / os.readlink(path) if path.is_symlink() else path
+    return link.parent.resolve() == blobs.resolve() and link.name == real.name and bool(_BLOB.fullmatch(real.name))
 
 
 def _blobs(root: Path) -> Path | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ def merge_checkpoint(
     output = Output(
         out,
         overwrite,
-        [model.path, *(adapter.path for adapter in found)],
+        [model.path, *(adapter.path for adapter in found), *(header.path for header in model.shards.values())],
         job=_job(parameters, found, factors, options),
     )
     output.check_target()
@@ -255,14 +256,28 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
         *map(str, options),
         base.folder.index,
     ]
-    facts += [torch.get_num_threads(), base.config, *(adapter.config for adapter in adapters)]
+    facts += [*_rounding_of_products(), base.config, *(adapter.config for adapter in adapters)]
     files = [header.path for header in base.folder.shards.values()]
     files += [adapter.path / name for adapter in adapters for name in (TENSORS, PICKLE)]
     for path in files:
         if path.exists():
             status = path.stat()
             facts.append([str(path), status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _rounding_of_products() -> list[Any]:
+    """What decides how PyTorch and its libraries split and round a product: processor, threads and settings."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on, as are the processor's capabilities
+    return [
+        torch.get_num_threads(),
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        dict(getattr(torch.cpu, "get_capabilities", dict)()),
+        torch.backends.mkldnn.enabled,
+        torch.get_float32_matmul_precision() if matmul is None else matmul.fp32_precision,
+        {name: value for name, value in os.environ.items() if name.startswith(("MKL_", "ONEDNN_", "DNNL_"))},
+    ]
 
 
 def _folders(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:
