@@ -13,6 +13,8 @@ import peft
 import pytest
 import torch
 
+import hira_cli
+
 # Says what a program sees of itself, and whose HiRA it gets; without a word about hira.
 SCRIPT = """
 import json, pickle, sys
@@ -50,6 +52,14 @@ if __name__ == "__main__":
 BROKEN = "import sys\nsys.exit('no such luck')"
 RAISES = "def f():\n    raise RuntimeError('from the script')\nf()"
 
+ISOLATED = f"""
+import sys
+sys.path.insert(0, {str(Path(hira_cli.__file__).parents[1])!r})
+sys.argv[1:] = ["run", "programs/script.py", "7"]
+from hira_cli.app import main
+main()
+"""
+
 HIRA = str(Path(sys.executable).with_name("hira"))
 COMMANDS = {
     "script": [HIRA, "run", "programs/script.py", "a", "--b", "c", "-m", "--help", "7"],
@@ -59,6 +69,7 @@ COMMANDS = {
     "missing script": [HIRA, "run", "programs/none.py", "7"],
     "missing module": [HIRA, "run", "-m", "programs.none"],
     "nothing to run": [HIRA, "run"],
+    "isolated": [sys.executable, "-I", "-c", ISOLATED],
     "env": [HIRA, "env"],
     "plain python": [sys.executable, "programs/script.py", "3"],
 }
@@ -143,15 +154,24 @@ def test_exit_messages_and_tracebacks_are_the_programs_own(done):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("missing script", "there is no file 'programs/none.py'"),
-        ("missing module", "there is no module 'programs.none'"),
         ("nothing to run", "Missing argument 'SCRIPT|MODULE'"),
+        ("isolated", "python ignores PYTHONPATH with -E, -I and -S"),
     ],
 )
 def test_usage_errors(done, command, message):
     assert done[command].returncode == 2
     assert message in words(done[command].stderr)
     assert "Usage: " in done[command].stderr
+    assert "Traceback" not in done[command].stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [("missing script", 2, "can't open file"), ("missing module", 1, "No module named programs.none")],
+)
+def test_what_does_not_exist_is_reported_as_python_does(done, command, status, message):
+    assert done[command].returncode == status
+    assert message in done[command].stderr
     assert "Traceback" not in done[command].stderr
 
 

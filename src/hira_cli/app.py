@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,23 +80,20 @@ def run(
 ) -> None:
     """Run an unmodified script or module with HiRA registered, its arguments behind it.
 
-    The program sees itself as __main__, its own arguments in sys.argv, and sys.path as python would set it. Its exit
-    status is that of the command; a script or module that does not exist is a usage error, status 2.
+    It is run by `python`, with the same options, arguments, exit status and signals. HiRA is registered when it imports
+    PEFT, and in every Python process that it starts in turn.
     """
-    import hira
-
-    hira.register()
-    sys.argv = [target, *context.args]
-    if module:
-        _lead_path(os.getcwd())
-        if not _module_exists(target):
-            raise typer.BadParameter(f"there is no module {target!r}", param_hint="MODULE")
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        if not Path(target).exists():
-            raise typer.BadParameter(f"there is no file {target!r}", param_hint="SCRIPT")
-        _lead_path(str(Path(target).resolve().parent))
-        runpy.run_path(target, run_name="__main__")
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        raise typer.BadParameter("python ignores PYTHONPATH with -E, -I and -S: leave them out, or import hira there")
+    folders = [str(Path(__file__).with_name("startup")), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if getattr(sys.stdout, "write_through", False):  # the one option that is no flag
+        options.append("-u")
+    command = [sys.executable, *options, *(["-m"] if module else []), target, *context.args]
+    if os.name == "nt":  # which has no exec that a shell would wait for
+        raise typer.Exit(subprocess.call(command))
+    os.execv(sys.executable, command)
 
 
 @app.command()
@@ -172,21 +169,8 @@ def main() -> None:
     app()
 
 
-def _lead_path(folder: str) -> None:
-    """Put a program's folder first on sys.path, unless python was told not to (-P)."""
-    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
-        sys.path[0] = folder
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _module_exists(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
