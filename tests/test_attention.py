@@ -351,6 +351,33 @@ def test_the_base_layer_is_not_touched():
     handle.remove()
 
 
+class Counting(nn.MultiheadAttention):
+    """Assigns attributes, and a buffer, in its forward."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls = self.calls + 1
+        self.seen = query
+        return super().forward(query, *args, **kwargs)
+
+
+def test_what_a_forward_assigns_stays():
+    body = Attending()
+    body.attn = Counting(WIDTH, HEADS)
+    model = get_peft_model(body, config())
+    layer, args = model.base_model.model.attn, self_attention(LENGTH, BATCH, WIDTH)
+    args = tuple(x.float() for x in args)
+    for _ in range(2):
+        model(*args)
+    assert layer.base_layer.calls == 2
+    assert layer.base_layer.seen is args[0]
+    assert dict(layer.base_layer.named_buffers())["calls"] == 2
+    assert isinstance(layer.base_layer.out_proj, hira.Linear)
+
+
 def test_a_forward_replaced_on_the_instance():
     """As accelerate does to move inputs to the device of a module."""
     from accelerate.hooks import ModelHook, add_hook_to_module

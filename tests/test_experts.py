@@ -202,7 +202,7 @@ def test_merging_writes_the_weights_of_the_forward_and_back(kind, dtype, monkeyp
     with torch.no_grad():
         products = []
         for layer in (wrapper.base_layer, wrapper):
-            weight = layer._weight()
+            weight = layer._weight(["default"])
             units = torch.eye(layer.in_features, dtype=dtype)
             rows = [units @ weight[e] if layer._is_transposed else F.linear(units, weight[e]).t() for e in range(E)]
             products.append(torch.stack(rows))
@@ -316,7 +316,7 @@ def test_whole_model_trains_under_autocast_and_checkpointing(checkpointing):
 
 def test_autocast_gives_what_a_plain_product_gives():
     wrapper = wrapper_of(adapt(model_of("mixtral")))
-    weight, dense = wrapper._weight(), effective(wrapper).detach()
+    weight, dense = wrapper._weight(["default"]), effective(wrapper).detach()
     x = torch.randn(5, INTER)
     with torch.autocast("cpu", torch.bfloat16):
         for y, exact in ((F.linear(x, weight[1]), F.linear(x, dense[1])), (x @ weight[1].t(), x @ dense[1].t())):
@@ -331,9 +331,9 @@ def test_autocast_gives_what_a_plain_product_gives():
 def test_int8_gradients_are_those_of_the_linear_layer():
     wrapper = wrapper_of(adapt(model_of("mixtral"), weight_gradient="int8"))
     x = torch.randn(16, INTER)
-    found = torch.autograd.grad(F.linear(x, wrapper._weight()[2]).sin().sum(), factors_of(wrapper)[:2])
+    found = torch.autograd.grad(F.linear(x, wrapper._weight(["default"])[2]).sin().sum(), factors_of(wrapper)[:2])
     wrapper.weight_gradient["default"] = "exact"
-    exact = torch.autograd.grad(F.linear(x, wrapper._weight()[2]).sin().sum(), factors_of(wrapper)[:2])
+    exact = torch.autograd.grad(F.linear(x, wrapper._weight(["default"])[2]).sin().sum(), factors_of(wrapper)[:2])
     assert all(0 < error(gradient, g) < 0.05 for gradient, g in zip(found, exact, strict=True))
 
 
@@ -349,6 +349,27 @@ def test_a_forward_of_the_modules_own_is_called():
     with pytest.raises(ZeroDivisionError):
         wrapper(x, *route)
     assert not {"gate_up_proj", "down_proj"} & base.__dict__.keys()
+
+
+def test_what_a_forward_assigns_stays():
+    wrapper = wrapper_of(adapt(model_of("mixtral", torch.float64)))
+    base, (x, *route) = wrapper.get_base_layer(), routed()
+    kind = type(base)
+
+    class Counting(kind):
+        def forward(self, x, *args):
+            self.calls = getattr(self, "calls", 0) + 1
+            self.load = self.load + torch.bincount(args[0].flatten(), minlength=E)
+            return super().forward(x, *args)
+
+    y = wrapper(x, *route)
+    base.__class__ = Counting
+    base.register_buffer("load", torch.zeros(E, dtype=torch.int64))
+    assert torch.equal(wrapper(x, *route), y)
+    wrapper(x, *route)
+    assert base.calls == 2
+    assert base.load.tolist() == [12, 0, 12, 0]
+    assert "load" in dict(base.named_buffers())
 
 
 def test_hooks_of_the_module_run():

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors"],
     ["ops", "offload"],
     ["checkpoint"],
-    ["config", "transaction", "inference_cache", "stand_in", "lazy_weight", "sharding", "inside"],
+    ["config", "transaction", "inference_cache", "substitution", "lazy_weight", "sharding", "inside"],
     ["weights", "tensor_parallel"],
     ["merging", "sharded_layer", "storages"],
     ["tuner_layer"],

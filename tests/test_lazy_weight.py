@@ -59,6 +59,10 @@ FOLLOWED = {
     "chosen twice": lambda W: F.linear(x, W[ids][torch.tensor([2, 1])][0]),
     "grouped": lambda W: grouped(x, W.transpose(-2, -1), offs),
 }
+FOLLOWED |= {
+    "rows": lambda W: F.embedding(ids, W[0]),
+    "rows with options": lambda W: F.embedding(ids, W[0], -1, scale_grad_by_freq=True),
+}
 FORMED = {
     "a sum": lambda W: W.sum(),
     "einsum": lambda W: torch.einsum("eti,eoi->eto", batch, W),
@@ -74,7 +78,6 @@ FORMED = {
     "an iteration": lambda W: sum(F.linear(x, matrix) for matrix in W),
     "a dtype": lambda W: W.to(torch.float32).double(),
     "a matrix's entries": lambda W: W[0][1],
-    "an embedding": lambda W: F.embedding(ids, W[0]),
     "both sides": lambda W: W[0] @ W[1].t(),
 }
 

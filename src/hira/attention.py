@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from hira.layer import HiraLayer, Linear
 from hira.ops.modulate import product_dtype
 from hira.ops.recompute import Formed, formed, recomputed
 from hira.sharding import check_is_here
-from hira.stand_in import stand_in
+from hira.substitution import exclusive, substituted
 from hira.weights import Storage
 
 
@@ -92,8 +92,10 @@ class MultiheadAttention(HiraLayer):
     @property
     def in_proj_weight(self) -> Tensor:
         """The weight of the projections of query, key and value (3 E, E): W' while adapters are active."""
-        names, W0 = self._applied(), self.storage.read()
-        return self._effective_weight(W0, *self._factors(names)) if names else W0
+        names = self._applied()
+        if not names:
+            return self.storage.read()
+        return self._effective_weight(self._read_original(), *self._factors(names))
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -126,18 +128,16 @@ class MultiheadAttention(HiraLayer):
         base: Any = self.base_layer
         check_not_offloaded(base)
         check_is_here(base, "in_proj_weight")
-        output = base.out_proj
-        in_proj = _form(self, query)
-        if "forward" in base.__dict__:  # put there by accelerate, it runs the module itself
-            weights = {} if in_proj is None else {"in_proj_weight": in_proj.weight}
-            with recomputed(*filter(None, [in_proj])):
-                return torch.func.functional_call(base, weights, args, kwargs)
-        out_proj = _form(output, query) if isinstance(output, HiraLayer) else None
-        if in_proj is not None:
-            base = stand_in(base, in_proj_weight=in_proj.weight)
-        if out_proj is not None:
-            base = stand_in(base, out_proj=stand_in(output.get_base_layer(), weight=out_proj.weight))
-        with recomputed(*filter(None, [in_proj, out_proj])):
+        with exclusive(base), ExitStack() as stack:
+            output, weights = base._modules["out_proj"], []
+            if (in_proj := _form(self, query)) is not None:
+                weights.append(in_proj)
+                stack.enter_context(substituted(base, in_proj_weight=in_proj.weight))
+            if isinstance(output, HiraLayer) and (out_proj := _form(output, query)) is not None:
+                weights.append(out_proj)
+                stack.enter_context(substituted(base, out_proj=output.get_base_layer()))
+                stack.enter_context(substituted(output.get_base_layer(), weight=out_proj.weight))
+            stack.enter_context(recomputed(*weights))
             return base(*args, **kwargs)
 
     def _check_names(self, adapter_names: list[str]) -> None:
@@ -186,7 +186,7 @@ def _form(layer: HiraLayer, query: Tensor) -> Formed | None:
     names = layer._applied()
     if not names:
         return None
-    W0 = layer.storage.read()
+    W0 = layer._read_original()
     return formed(W0, *layer._factors(names), product_dtype(query, W0.dtype))
 
 

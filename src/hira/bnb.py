@@ -35,6 +35,8 @@ class Packed4bit(Storage):
     which rounds the scales and gives x no gradient any more. W0 is kept from that; a merged weight is not.
     """
 
+    takes_dense = False
+
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return (bnb.nn.Linear4bit.forward,)
@@ -104,6 +106,8 @@ class RowwiseInt8(Storage):
 
     The layer multiplies integers, x rounded to 8 bits as well, for which no product with W' can stand in.
     """
+
+    takes_dense = False
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:

@@ -16,7 +16,7 @@ from hira.lazy_weight import Expert, LazyWeight
 from hira.offload import Away
 from hira.ops.linear import Dequantize
 from hira.sharding import check_is_here
-from hira.stand_in import stand_in
+from hira.substitution import exclusive, substituted
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage
 
@@ -171,7 +171,7 @@ class ParamWrapper(HiraLayer):
         if adapter_names is not None and not self.disable_adapters:
             for wrapper in wrappers:
                 wrapper._check_rows(adapter_names)
-        in_use = [wrapper for wrapper in wrappers if wrapper._is_in_use()]
+        in_use = [(wrapper, names) for wrapper in wrappers if (names := wrapper._applied())]
         base = self.get_base_layer()
         return _call(base, in_use, *args, **kwargs) if in_use else base(*args, **kwargs)
 
@@ -190,17 +190,12 @@ class ParamWrapper(HiraLayer):
             yield layer
             layer = layer.base_layer
 
-    def _is_in_use(self) -> bool:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        return bool(self._present(self.active_adapters)) and not (self.disable_adapters or self.merged)
-
-    def _weight(self) -> Tensor:
+    def _weight(self, names: list[str]) -> Tensor:
         """What the module is to find in the place of the parameter."""
-        base, storage = self.get_base_layer(), self.storage
+        base = self.get_base_layer()
         check_is_here(base, self.parameter_name)
-        factors = self._factors(self._present(self.active_adapters))
-        weight = self._lazy(storage.stored, *factors, offload.away(base, self.parameter_name))
+        with self.holding_W0():
+            weight = self._lazy(self.storage.stored, *self._factors(names), offload.away(base, self.parameter_name))
         config = getattr(base, "config", None)
         return weight if getattr(config, "_experts_implementation", None) in FOLLOWED else weight.form()
 
@@ -209,23 +204,19 @@ class ParamWrapper(HiraLayer):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _call(base: nn.Module, wrappers: list[ParamWrapper], *args: Any, **kwargs: Any) -> Any:
+def _call(base: nn.Module, in_use: list[tuple[ParamWrapper, list[str]]], *args: Any, **kwargs: Any) -> Any:
     """The output of a module with W' in the place of the wrapped parameters; under torch.compile a graph break."""
-    weights = {wrapper.parameter_name: wrapper._weight() for wrapper in wrappers}
     if offload.is_own_forward(base):
         args, kwargs = offload.moved((args, kwargs), base)
-        return stand_in(base, **weights)(*args, **kwargs)
-    if offload.source(base) is not None:
+    elif offload.source(base) is not None:
         raise HiraError(
             f"accelerate offloads the parameters of {type(base).__name__}, whose forward was replaced, and would bring "
             "them in over the adapted ones. Leave this module on its device in the device map."
         )
-    base.__dict__.update(weights)  # a forward of its own is bound to this very module
-    try:
-        return base(*args, **kwargs)
-    finally:
-        for name in weights:
-            del base.__dict__[name]
+    with exclusive(base):
+        weights = {wrapper.parameter_name: wrapper._weight(names) for wrapper, names in in_use}
+        with substituted(base, **weights):
+            return base(*args, **kwargs)
 
 
 def check_parameter(layer: nn.Module, name: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,10 +16,12 @@ from hira import ops
 from hira.config import InitWeights
 from hira.errors import HiraError
 from hira.inference_cache import inference_cache
+from hira.lazy_weight import Expert, LazyWeight
 from hira.ops import modulate, paths
 from hira.ops.embedding import bound_norm
 from hira.ops.workspace import is_concrete
 from hira.sharding import spread
+from hira.substitution import substituted
 from hira.tuner_layer import BASE, HiraLayer
 from hira.weights import Storage, Transposed
 
@@ -99,7 +102,8 @@ class Linear(HiraLayer):
         return super().train(mode)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inference_cache.discard(self)  # merged or disabled, it has no use
+        if not torch.compiler.is_compiling():
+            inference_cache.discard(self)  # merged or disabled, it has no use
         return super()._base_output(x, *args, **kwargs)
 
     def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -241,8 +245,27 @@ class Embedding(HiraLayer):
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)
 
-    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return ops.modulated_weight(W0, B.t(), A.t())
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return W0, B.t(), A.t()
+
+    @contextmanager
+    def _substituted(self, A: Tensor, B: Tensor) -> Iterator[None]:
+        """As of any layer, but W' is formed of the rows that are looked up, where the layer does no more with it."""
+        if torch.compiler.is_compiling():
+            with super()._substituted(A, B):
+                yield
+            return
+        storage = self.storage
+        table = LazyWeight([Expert(*self._matrices(storage.read(), A, B))], [0], stacked=False)
+        with substituted(storage.layer, **{storage.name: table}):
+            yield
+
+    def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self._base_output(x, *args, **kwargs)
+        change = self._called([name], x, *args, **kwargs) - base
+        keep = self.hira_dropout[name](torch.ones(change.shape[:-1], device=change.device))
+        dropped: Tensor = change * keep.unsqueeze(-1).to(change.dtype)
+        return dropped
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).t()
@@ -312,8 +335,8 @@ class ConvNd(HiraLayer):
     def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
         return self._convolve(x if dropout is None else dropout(x), A, B, None, update_only=True)
 
-    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return ops.modulated_weight(W0.flatten(1), A.flatten(1), B.flatten(1)).view(W0.shape)
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return W0.flatten(1), A.flatten(1), B.flatten(1)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B.flatten(1) @ A.flatten(1)).view(self.get_base_layer().weight.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hira.errors import HiraError
+from hira.ops.embedding import embedding
 from hira.ops.linear import Dequantize, WeightGradient, linear
 from hira.ops.modulate import modulated_weight, no_autocast
 
@@ -211,7 +212,18 @@ def _refuse_gradient(gradient: Tensor) -> None:
     )
 
 
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Any:
+    """Rows of a table (num_embeddings, dim), which is W'^T of an embedding."""
+    if not _is_factor(weight, transposed=False, stacked=False) or isinstance(ids, LazyWeight) or args:
+        return NotImplemented
+    W0, A, B, dequantize = weight.experts[weight.ids[0]]
+    table = W0 if dequantize is None else dequantize(W0)
+    padding_idx = padding_idx if padding_idx is None else padding_idx % len(table)
+    return embedding(ids, table, B.t(), A.t(), padding_idx=padding_idx, **options)
+
+
 _WAYS: dict[str, Callable[..., Any]] = {
+    "embedding": _embedding,
     "__getitem__": _index,
     "t": _transpose_matrix,
     "T": _transpose_matrix,
@@ -227,7 +239,12 @@ _WAYS: dict[str, Callable[..., Any]] = {
     "grouped_mm_fallback": _grouped,  # of transformers
     "data_ptr": lambda weight: 0,  # asked for its alignment; there is no memory to point to
 }
-_KEYWORDS = frozenset(("bias", "offs", "out_dtype", "dim0", "dim1"))
+_KEYWORDS = frozenset(
+    (
+        *("bias", "offs", "out_dtype", "dim0", "dim1"),
+        *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    )
+)
 _METADATA = frozenset(
     (
         *("shape", "size", "dim", "ndim", "numel", "__len__", "__hash__", "requires_grad", "layout"),

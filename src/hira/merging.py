@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from hira.errors import HiraError
+from hira.substitution import exclusive
 from hira.weights import Storage
 
 
@@ -33,6 +34,8 @@ class MergeableLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._record: _Record | None = None
         self.register_load_state_dict_post_hook(_settle_after_loading)
+        # whether other tuners' adapters are merged into the same weight, over what this layer wrote
+        self.others_merged = False
 
     def get_base_layer(self) -> Any:
         """The layer that is adapted, inside other tuners' layers too; PEFT's own walk is slow for every forward."""
@@ -52,6 +55,39 @@ class MergeableLayer(BaseTunerLayer):
 
     def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _applied(self) -> list[str]:
+        """The adapters with which a forward forms W' of W0; none where the base layer's present weight will do.
+
+        Merged adapters act through the weight. Where only some of the active ones are merged, all of both act on W0.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        active = self._present(self.active_adapters)
+        if self._record is None:
+            return active
+        if all(name in self.merged_adapters for name in active):
+            return []
+        self._settle()  # which forgets the merge if the base weight was replaced
+        return [*self.merged_adapters, *(name for name in active if name not in self.merged_adapters)]
+
+    def keep_original(self) -> None:
+        """Have other tuners merge into a copy of W0, so that adapters that are not merged go on acting on W0."""
+        if self._record is None:
+            original = self.storage.snapshot()
+            self._write_merged([], original)
+            self._record = _Record(original, *self.storage.identity())
+
+    def _read_original(self) -> Tensor:
+        """W0, dense, whether adapters are merged or not."""
+        return self.storage.read() if self._record is None else self._read_record()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read_record(self) -> Tensor:
+        with self.holding_W0():
+            return self.storage.read()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W', formed as the forward forms it, in the place of the base weight, and keep W0 to restore it.
@@ -77,7 +113,7 @@ class MergeableLayer(BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit. A base weight that was loaded while merged is kept instead, as the new W0."""
-        if not self.merged:
+        if self._record is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._settle()
@@ -93,13 +129,15 @@ class MergeableLayer(BaseTunerLayer):
         if record is None:
             yield
             return
-        storage, merged = self.storage, self.storage.snapshot()
-        storage.restore(record.original)
-        try:
-            yield
-        finally:
-            storage.restore(merged)
-            self._record = _Record(record.original, *storage.identity())
+        storage = self.storage
+        with exclusive(storage.layer):
+            merged = storage.snapshot()
+            storage.restore(record.original)
+            try:
+                yield
+            finally:
+                storage.restore(merged)
+                self._record = _Record(record.original, *storage.identity())
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise a HiraError if merging some adapters would give a weight that is not finite; changes no weight."""
@@ -137,7 +175,8 @@ class MergeableLayer(BaseTunerLayer):
             storage.restore(original)
             # what is written in inference mode could not be trained on or versioned after it
             with torch.inference_mode(False), torch.no_grad():
-                storage.write(self._effective_weight(storage.read(), *self._factors(names)))
+                W0 = storage.read()
+                storage.write(self._effective_weight(W0, *self._factors(names)) if names else W0.clone())
         except BaseException:
             storage.restore(present)
             raise
@@ -153,6 +192,7 @@ class MergeableLayer(BaseTunerLayer):
         finally:
             storage.restore(present)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
         """Find out whether the base weight was replaced while merged: W0, as a state dict has it, is merged into again.
 
@@ -184,6 +224,7 @@ class MergeableLayer(BaseTunerLayer):
 
     def _forget_merge(self) -> None:
         self._record = None
+        self.others_merged = False
         self.merged_adapters.clear()
 
 

@@ -44,15 +44,31 @@ class HiraMixedModel(MixedModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         HiraModel._check_known(self, adapter_names or [])
         _check_not_offloaded(self.model)
+        others = _other_tuner_layers(self.model)
         with unchanged_on_error(self.model), _weights_back_on_error(self.model):
+            again = [(layer, list(layer.merged_adapters)) for layer in others if layer.merged]
+            for layer, _ in again:  # they add to what HiRA writes
+                layer.unmerge()
             for layer in hira_layers(self.model):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            for layer in _other_tuner_layers(self.model):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            merging = [*again, *((layer, adapter_names) for layer in others if _merges(layer, adapter_names))]
+            bases = {id(layer.get_base_layer()) for layer, _ in merging}
+            for layer in hira_layers(self.model):
+                layer.others_merged = id(layer.get_base_layer()) in bases
+                if layer.others_merged:
+                    layer.keep_original()
+            for layer, names in merging:
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge_adapter(self) -> None:
         for layer in [*_other_tuner_layers(self.model), *hira_layers(self.model)]:
             layer.unmerge()
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's; what is merged is unmerged first, in the order that gives the base weights back."""
+        if any(layer.merged for layer in [*_other_tuner_layers(self.model), *hira_layers(self.model)]):
+            self.unmerge_adapter()
+        super().disable_adapter_layers()
 
     def _unload_and_optionally_merge(
         self,
@@ -86,6 +102,12 @@ def _weights_back_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, data in before:
             parameter.data = data
         raise
+
+
+def _merges(layer: Any, adapter_names: list[str] | None) -> bool:
+    """Whether a layer has an adapter among some, or an active one where none are named."""
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    return any(name in layer._get_available_adapters() for name in names)
 
 
 def _other_tuner_layers(model: nn.Module) -> list[Any]:

@@ -102,10 +102,11 @@ class HiraModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         r = rank_of(hira_config, current_key)
-        if isinstance(target, HiraLayer) and target.parameter_name == parameter_name:
+        found = _hira_layer_in(target)
+        if found is not None and found.parameter_name == parameter_name:
             # attention's output may have been adapted with the attention
-            if adapter_name not in target._get_available_adapters():
-                target.update_layer(adapter_name, r, config=hira_config)
+            if adapter_name not in found._get_available_adapters():
+                found.update_layer(adapter_name, r, config=hira_config)
             return
         options = {"r": r, "current_key": current_key, "parameter_name": parameter_name}
         try:
@@ -324,6 +325,14 @@ def check_new_name(model: nn.Module, adapter_name: str, configs: dict[str, Any])
             )
         if isinstance(module, HiraLayer) and adapter_name in module._get_available_adapters():
             raise HiraError(f"There is an adapter {adapter_name!r} already, on {name}; choose another name.")
+
+
+def _hira_layer_in(target: nn.Module) -> HiraLayer | None:
+    """The HiRA layer that a module is, or that is inside it where it is another tuner's layer, as in a mixed model."""
+    layer: Any = target
+    while isinstance(layer, BaseTunerLayer) and not isinstance(layer, HiraLayer):
+        layer = layer.base_layer
+    return layer if isinstance(layer, HiraLayer) else None
 
 
 def _reads_weights(parent: nn.Module) -> bool:

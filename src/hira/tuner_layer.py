@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -14,9 +15,11 @@ from hira import offload, ops
 from hira.config import InitWeights, check_init_weights, check_rank
 from hira.errors import HiraError
 from hira.merging import MergeableLayer
+from hira.ops.recompute import formed, recomputed
 from hira.ops.workspace import formation_dtype
 from hira.sharded_layer import ShardedLayer
 from hira.sharding import only_gathers
+from hira.substitution import exclusive, substituted
 from hira.weights import Storage
 
 BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
@@ -26,10 +29,10 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
 
     Active adapters add up, ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)``, which is one adapter of the summed rank, so they
-    cost one product. The base layer's own forward runs instead of it, and the update is added to its output, where that
-    forward is not the plain one of its type: another tuner inside, a subclass with its own forward, hooks on the layer.
-    So it does under dropout, where the base sees x and the update dropout(x). Where the base layer's own call brings
-    its weight in, as it may in a model that is sharded, the product is computed inside that call.
+    cost one product. Where the base layer's forward is not the plain one of its type (another tuner inside, a subclass
+    with its own forward, hooks on the layer), the base layer is called, and finds W' in the place of its weight. Under
+    dropout the base sees x and the update dropout(x). Where the base layer's own call brings its weight in, as it may
+    in a model that is sharded, the product is computed inside that call.
 
     Args:
         base_layer: the layer to adapt, possibly another tuner's.
@@ -97,9 +100,13 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """What the adapter adds to the base layer's output."""
         raise NotImplementedError
 
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W0 (out, in), A (r, in) and B (out, r) of a weight as the storage reads it."""
+        return W0, A, B
+
     def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W' as the storage reads W0, tracked by autograd."""
-        return ops.modulated_weight(W0, A, B)
+        return ops.modulated_weight(*self._matrices(W0, A, B)).view(W0.shape)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         """BA in the orientation in which the base layer stores its weight."""
@@ -209,7 +216,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
         A, B = self._factors([adapter])
-        W0 = self._stored_orientation(self.storage.read().detach())
+        W0 = self._stored_orientation(self._read_original().detach())
         dtype = formation_dtype(W0.dtype)
         return (self._delta(A.to(dtype), B.to(dtype)) * W0).to(W0.dtype)
 
@@ -221,20 +228,17 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """The base layer's weight; W' where the model reads the weight instead of calling the layer."""
         names = self._applied() if self.weight_is_read else []
         if names:
-            return self._stored_orientation(self._effective_weight(self.storage.read(), *self._factors(names)))
-        weight: Tensor = super().weight
+            return self._stored_orientation(self._effective_weight(self._read_original(), *self._factors(names)))
+        base: Any = self._modules["base_layer"]
+        weight: Tensor = base.weight
         return weight
-
-    def _applied(self) -> list[str]:
-        """The adapters of which a weight that the model reads is W'; none where the base layer's own will do."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if hasattr(type(self), name):  # a property raised an AttributeError, which it does again
+                return object.__getattribute__(self, name)
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
             return getattr(self._modules["base_layer"], name)
@@ -267,19 +271,33 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         if offload.is_hooked(base):
             self._settle()  # whoever offloads a model may have made the hook's values of a state dict
             x = offload.place(x, base)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        elif self.disable_adapters or self.merged:
-            y = self._base_output(x, *args, **kwargs)
+        elif names := self._applied():
+            output = self._active if self._record is None else self._beside_merged
+            y = output(x, names, *args, **kwargs)
         else:
-            y = self._active(x, self._present(self.active_adapters), *args, **kwargs)
+            y = self._base_output(x, *args, **kwargs)
         return y.to(given) if offload.is_hooked(base) and offload.returns_output(base) else y
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _beside_merged(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output under adapters of which some are merged, that of W0 with all of them; compiled, a graph break."""
+        if not self.others_merged:
+            with self.holding_W0():
+                return self._active(x, names, *args, **kwargs)
+        if self.storage.takes_dense and not self._is_plain(self.get_base_layer()):
+            raise HiraError(
+                f"Of {names} in {self.name or 'a layer'}, which has a forward of its own, only {self.merged_adapters} "
+                "are merged, and so are adapters of another tuner. Merge all active adapters, or unmerge first."
+            )
+        y = self._base_output(x, *args, **kwargs)
+        with self.holding_W0():
+            return self._with_updates(y, x, [name for name in names if name not in self.merged_adapters])
 
     def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output under the active adapters; a kind of layer may find it sooner than `_adapted` would."""
@@ -296,7 +314,48 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             return y if met else self._with_updates(y, x, names)
         if self._is_plain() and not (args or kwargs):
             return self._combined(x, names, base_output)
-        return self._with_updates(base_output(), x, names)
+        if not self.storage.takes_dense:
+            return self._with_updates(base_output(), x, names)
+        y = self._called([name for name in names if not self._drops(name)], x, *args, **kwargs)
+        for name in names:
+            if self._drops(name):
+                y = y + self._dropped_change(name, x, *args, **kwargs)
+        return y
+
+    def _called(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own call, in which it finds W' of some adapters in the place of its weight."""
+        if not names:
+            return self._base_output(x, *args, **kwargs)
+        storage, factors = self.storage, self._factors(names)
+        with exclusive(storage.layer), ExitStack() as stack:
+            if storage.is_computed_by_hook():
+                # the weight to adapt is there once the layer's hooks have run, of which this is the last
+                stack.enter_context(substituted(storage.layer, **{storage.name: storage.stored}))
+                hook = partial(self._substitute_computed, factors)
+                stack.callback(storage.layer.register_forward_pre_hook(hook).remove)
+            else:
+                stack.enter_context(self._substituted(*factors))
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+
+    @contextmanager
+    def _substituted(self, A: Tensor, B: Tensor) -> Iterator[None]:
+        """Have the base layer find W' for its weight; autograd keeps W0, A and B of it."""
+        storage = self.storage
+        W0 = storage.read()
+        weight = formed(*self._matrices(W0, A, B))
+        stored = self._stored_orientation(weight.weight.view(W0.shape))
+        with substituted(storage.layer, **{storage.name: stored}), recomputed(weight):
+            yield
+
+    def _substitute_computed(self, factors: tuple[Tensor, Tensor], layer: nn.Module, args: Any) -> None:
+        weight = self._effective_weight(self.storage.read(), *factors)
+        layer.__dict__[self.storage.name] = self._stored_orientation(weight)
+
+    def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapter changes of the output of the base layer's own call, on the input that dropout leaves."""
+        dropped = self.hira_dropout[name](x)
+        return self._called([name], dropped, *args, **kwargs) - self._base_output(dropped, *args, **kwargs)
 
     def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
         """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
@@ -316,8 +375,9 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         dropout = self.hira_dropout[name]
         return dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
 
-    def _is_plain(self) -> bool:
-        base = self.base_layer
+    def _is_plain(self, base: nn.Module | None = None) -> bool:
+        """Whether a layer, the one inside by default, does no more than the forward of its type."""
+        base = self.base_layer if base is None else base
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (
             type(base).forward in self.storage.plain_forwards

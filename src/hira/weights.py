@@ -8,7 +8,7 @@ and `restore`). Nothing else in this package touches a base weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Storage:
         name: the name of its parameter.
     """
 
+    # whether the layer's own forward computes with a dense weight in the place of the stored one
+    takes_dense: ClassVar[bool] = True
+
     def __init__(self, layer: nn.Module, name: str = "weight") -> None:
         self.layer: Any = layer
         self.name = name
@@ -58,6 +61,10 @@ class Storage:
     def compute_dtype(self) -> torch.dtype | None:
         """The dtype to which the base layer casts x for its product; None where it does not."""
         return None
+
+    def is_computed_by_hook(self) -> bool:
+        """Whether a hook before the layer's forward computes the weight anew, as `torch.nn.utils.weight_norm` does."""
+        return self.name in self.layer.__dict__ and self.name not in self.layer._parameters
 
     @property
     def stored(self) -> Any:
@@ -166,6 +173,8 @@ class Transposed(Storage):
 
 class ReadOnly(Storage):
     """A weight that can be read but not written, such as one that is quantised by calibration."""
+
+    takes_dense = False
 
     def snapshot(self) -> Any:
         raise HiraError(
