@@ -28,7 +28,7 @@ LAYERS = [
     ["bnb", "attention"],
     ["dispatch", "state_dicts", "adapter_names"],
     ["model"],
-    ["mixed"],
+    ["mixed", "optimizers"],
     ["registration"],
     [""],
     ["bench"],

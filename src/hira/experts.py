@@ -104,7 +104,7 @@ class ParamWrapper(HiraLayer):
     def _factors(self, names: Any) -> tuple[Tensor, Tensor]:
         """A (E, r, in) and B (E, out, r) of some adapters, joined to one adapter of the summed rank."""
         E = self._num_experts
-        As, Bs = ([self._factor(factors, name) for name in names] for factors in self._factor_dicts)
+        As, Bs = zip(*map(self._scaled, names), strict=True)
         A = torch.cat([A.reshape(E, -1, self.in_features) for A in As], dim=1)
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)

@@ -64,6 +64,8 @@ class Linear(HiraLayer):
             self.storage_type = Transposed
         self.fan_in_fan_out = fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        # the scales of the adapters in the weight that is kept for generation
+        self._kept_scales: list[float] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config.r if r is None else r, config=config)
 
@@ -131,6 +133,10 @@ class Linear(HiraLayer):
             or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
             return None
+        scales = [self.scaling[name] for name in names]
+        if scales != self._kept_scales:
+            inference_cache.discard(self)
+            self._kept_scales = scales
         weight = inference_cache.get(self, sources, dtype)
         if weight is None and paths.keeps_weight(x):
             A, B = self._factors(names)

@@ -29,9 +29,12 @@ class MergeableLayer(BaseTunerLayer):
 
     # the module's name in the model, for messages
     name: str = ""
+    scaling: dict[str, float]
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
+        # the scales that they were merged with
+        self.merged_scaling: dict[str, float] = {}
         self._record: _Record | None = None
         self.register_load_state_dict_post_hook(_settle_after_loading)
         # whether other tuners' adapters are merged into the same weight, over what this layer wrote
@@ -110,6 +113,7 @@ class MergeableLayer(BaseTunerLayer):
         self._write_merged([*self.merged_adapters, *names], original)
         self._record = _Record(original, *self.storage.identity())
         self.merged_adapters.extend(names)
+        self.merged_scaling.update({name: self.scaling[name] for name in names})
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit. A base weight that was loaded while merged is kept instead, as the new W0."""
@@ -226,6 +230,7 @@ class MergeableLayer(BaseTunerLayer):
         self._record = None
         self.others_merged = False
         self.merged_adapters.clear()
+        self.merged_scaling.clear()
 
 
 def _settle_after_loading(layer: MergeableLayer, _: Any) -> None:

@@ -11,8 +11,11 @@ from types import ModuleType
 from typing import Any, Union
 
 import peft
+import peft.helpers
 import peft.mapping
 import peft.mixed_model
+import peft.optimizers.lorafa
+import peft.optimizers.loraplus
 import peft.tuners
 import peft.tuners.hira
 import peft.tuners.mixed
@@ -31,6 +34,7 @@ from hira.layer import HiraLayer
 from hira.mixed import HiraMixedModel
 from hira.model import HiraModel
 from hira.offload import left_where_it_is
+from hira.optimizers import lorafa, loraplus, riemannian_pairs
 from hira.transaction import unchanged_on_error
 
 _MISSING = object()
@@ -95,6 +99,20 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     tuners = peft.tuners.tuners_utils
     yield tuners, "onload_layer", _onloading_others(tuners.onload_layer)
 
+    # of which rescale_adapter_scale changes the scaling
+    yield peft.helpers, "LoraLayer", (peft.helpers.LoraLayer, HiraLayer)
+    optimizers = peft.optimizers
+    # of which create_loraplus_optimizer has a rate of its own
+    yield optimizers.loraplus, "Embedding", (optimizers.loraplus.Embedding, hira.layer.Embedding)
+    for module in (optimizers, optimizers.loraplus):
+        yield module, "create_loraplus_optimizer", loraplus(module.create_loraplus_optimizer)
+    for module in (optimizers, optimizers.lorafa):
+        yield module, "create_lorafa_optimizer", lorafa(module.create_lorafa_optimizer)
+    riemannian = getattr(optimizers, "riemannian", None)  # not in PEFT 0.20
+    if riemannian is not None:
+        yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
+
+    yield peft.PeftModel, "add_adapter", _copying_for_trl(peft.PeftModel.add_adapter)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
         yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
@@ -135,6 +153,25 @@ def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_hira(model: nn.Module) -> bool:
     return any(isinstance(module, HiraLayer) for module in model.modules())
+
+
+def _copying_for_trl(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.add_adapter`, that fills in the reference adapter of TRL's trainers.
+
+    They add it with the configuration of the adapter to train, and then copy the parameters whose names contain
+    ".default."; those of HiRA, as PEFT names them, end in ".default".
+    """
+
+    @functools.wraps(add_adapter)
+    def wrapper(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        given = next((name for name, config in self.peft_config.items() if config is peft_config), None)
+        added = add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+        if given is not None and sys._getframe(1).f_globals["__name__"].startswith("trl."):
+            for layer in hira.model.hira_layers(self):
+                layer.copy_adapter(given, adapter_name)
+        return added
+
+    return wrapper
 
 
 def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +45,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
     # how the base layer stores its weight
     storage_type: type[Storage] = Storage
@@ -59,6 +60,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         self.r: dict[str, int] = {}
         self.hira_dropout = nn.ModuleDict()
         self.weight_gradient: dict[str, str] = {}
+        self.scaling: dict[str, float] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -135,6 +137,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         self.hira_dropout.update({adapter_name: dropout})
         self.r[adapter_name] = r
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
+        self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
         self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
         self._equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -155,6 +158,16 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             old = factors[adapter_name]
             factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
         self.r[adapter_name] = r
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give an adapter the rank and the values of another; nothing happens where the layer lacks the other."""
+        if not self._present([source]):
+            return
+        if self.r[target] != self.r[source]:
+            self.resize_adapter(target, self.r[source])
+        with torch.no_grad():
+            for factors in self._factor_dicts:
+                factors[target].copy_(factors[source])
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
@@ -191,12 +204,18 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             offload.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
 
+    def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
+        A, B = (self._factor(factors, name) for factors in self._factor_dicts)
+        scale = self.merged_scaling.get(name, self.scaling[name])
+        return (A, B) if scale == 1 else (A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
+
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A and B of some adapters, joined to one adapter of the summed rank."""
-        As, Bs = ([self._factor(factors, name) for name in names] for factors in self._factor_dicts)
         if len(names) == 1:
-            return As[0], Bs[0]
-        dtype = reduce(torch.promote_types, (A.dtype for A in As))
+            return self._scaled(names[0])
+        As, Bs = zip(*map(self._scaled, names), strict=True)
+        dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -206,12 +225,12 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             adapter: its name.
 
         Returns:
-            BA in the shape of the base layer's weight as it is stored and the dtype of B; formed in float32 if that is
-            a half precision. The additive update W0 * BA is `get_additive_delta`.
+            BA, times the adapter's scale, in the shape of the base layer's weight as it is stored and the dtype of B;
+            formed in float32 if that is a half precision. The additive update W0 * BA is `get_additive_delta`.
         """
         A, B = self._factors([adapter])
         dtype = formation_dtype(B.dtype)
-        return self._delta(A.to(dtype), B.to(dtype)).to(B.dtype)
+        return self._delta(A.to(dtype), B.to(dtype)).to(self._factor_dicts[1][adapter].dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
@@ -242,6 +261,35 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
             return getattr(self._modules["base_layer"], name)
+
+    # Scales
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Have an adapter act by ``W' = W0 * (1 + scale * BA)`` until the next call; as of LoRA, no checkpoint has it.
+
+        Args:
+            adapter: its name; nothing happens where the layer does not have it.
+            scale: the scale, 1 at first. Of an adapter that is merged, the merged weight keeps its own until unmerged.
+
+        Raises:
+            HiraError: the scale is not a finite number.
+        """
+        _check_scale(scale)
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters by a number; a HiraError if it is not a finite one."""
+        _check_scale(scale)
+        for name in self._present(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters by a number, or set them to 1; a HiraError for 0 or no number."""
+        if scale is not None:
+            _check_scale(scale, nonzero=True)
+        for name in self._present(self.active_adapters):
+            self.scaling[name] = 1 if scale is None else self.scaling[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's generic conversion takes `get_delta_weight` for an additive update, which BA is not."""
@@ -409,3 +457,9 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         """The outputs for the rows of each adapter, in the order of the adapters."""
         return [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]
+
+
+def _check_scale(scale: Any, nonzero: bool = False) -> None:
+    if not isinstance(scale, Real) or not math.isfinite(scale) or (nonzero and scale == 0):
+        expected = f"a finite number{' other than 0' if nonzero else ''}"
+        raise HiraError(f"The scale of an adapter must be {expected}, but is {scale!r}.")
