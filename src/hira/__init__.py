@@ -1,7 +1,5 @@
 """HiRA (Hadamard High-Rank Adaptation) for PEFT, at LoRA's price. Importing this package registers it with PEFT."""
 
-from importlib.metadata import version
-
 from hira.attention import MultiheadAttention
 from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.checkpoint.convert import convert_adapter
@@ -16,8 +14,7 @@ from hira.inference_cache import inference_cache
 from hira.layer import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, HiraLayer, Linear
 from hira.model import HiraModel
 from hira.registration import is_registered, register, unregister
-
-__version__ = version("hira")
+from hira.version import __version__ as __version__
 
 __all__ = [
     "Conv1d",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Union
 
@@ -21,6 +23,7 @@ import peft.tuners.hira
 import peft.tuners.mixed
 import peft.tuners.mixed.model
 import peft.tuners.tuners_utils
+from huggingface_hub import ModelCard
 from peft.utils import PeftType
 from torch import nn
 
@@ -36,7 +39,10 @@ from hira.model import HiraModel
 from hira.offload import left_where_it_is
 from hira.optimizers import lorafa, loraplus, riemannian_pairs
 from hira.transaction import unchanged_on_error
+from hira.version import __version__
 
+# the name under which PEFT's own HiRA can be imported while this package has its place; what is pickled refers to it
+STOCK_NAME = "peft.tuners.hira_stock"
 _MISSING = object()
 _undo: list[Callable[[], None]] = []
 
@@ -72,6 +78,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
 
     stock_config, stock_model = peft.tuners.hira.HiraConfig, peft.tuners.hira.HiraModel
     yield stock_model, "inject_adapter", _refusing(stock_model.inject_adapter)
+    yield from _stock_marked()
     for module in (peft, peft.tuners):
         yield module, "HiraConfig", HiraConfig
         yield module, "HiraModel", HiraModel
@@ -113,9 +120,70 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
 
     yield peft.PeftModel, "add_adapter", _copying_for_trl(peft.PeftModel.add_adapter)
+    yield peft.PeftModel, "create_or_update_model_card", _naming_hira(peft.PeftModel.create_or_update_model_card)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
         yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
+
+
+def _stock_marked() -> Iterator[tuple[Any, str, Any]]:
+    """Other names for PEFT's own classes, and layers that say whose they are when they are printed, run or saved."""
+    warn = functools.cache(_warn_of_stock)
+    for name, module in list(sys.modules.items()):
+        if name != "peft.tuners.hira" and not name.startswith("peft.tuners.hira."):
+            continue
+        new_name = STOCK_NAME + name.removeprefix("peft.tuners.hira")
+        yield sys.modules, new_name, module
+        for stock in vars(module).values():
+            if not isinstance(stock, type) or stock.__module__ != name:
+                continue
+            yield stock, "__module__", new_name
+            if "__repr__" in vars(stock) and issubclass(stock, nn.Module):
+                yield stock, "__repr__", _prefixed(stock.__repr__)
+                yield stock, "forward", _warning(stock.forward, warn)
+                yield stock, "_save_to_state_dict", _warning(stock._save_to_state_dict, warn)
+
+
+def _prefixed(represent: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda self: f"peft.tuners.{represent(self)}"
+
+
+def _warning(function: Callable[..., Any], warn: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        warn()
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _warn_of_stock() -> None:
+    warnings.warn(
+        "A model has layers of PEFT's own HiRA, made before hira was imported: hira has no part in what it computes. "
+        "Import hira before get_peft_model and from_pretrained; here, save the adapter, unload() the model and load it "
+        "again. To go on with PEFT's layers, call hira.unregister().",
+        stacklevel=3,
+    )
+
+
+def _naming_hira(create_or_update_model_card: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's writing of a model card, with this package and its version where the model has its layers."""
+
+    @functools.wraps(create_or_update_model_card)
+    def wrapper(self: Any, output_dir: str) -> None:
+        create_or_update_model_card(self, output_dir)
+        if not _has_hira(self):
+            return
+        file = Path(output_dir, "README.md")
+        card = ModelCard.load(file)
+        card.data["tags"] = sorted({*(card.data.get("tags") or ()), "hira"})
+        lines, line = card.text.splitlines(), f"- hira {__version__}"
+        if line not in lines:
+            lines.insert(lines.index(f"- PEFT {peft.__version__}") + 1, line)
+        card.text = "\n".join(lines)
+        card.save(file)
+
+    return wrapper
 
 
 def _replace(target: Any, name: Any, value: Any) -> None:

@@ -21,6 +21,7 @@ from hira.ops.workspace import formation_dtype
 from hira.sharded_layer import ShardedLayer
 from hira.sharding import only_gathers
 from hira.substitution import exclusive, substituted
+from hira.version import __version__
 from hira.weights import Storage
 
 BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
@@ -295,8 +296,21 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """False: PEFT's generic conversion takes `get_delta_weight` for an additive update, which BA is not."""
         return False
 
+    def __setstate__(self, state: Any) -> None:
+        """Refuse to be made of the pickle of another class, PEFT's own layer of that name."""
+        if "weight_gradient" not in state:
+            raise HiraError(
+                f"The pickle holds a {type(self).__name__} of PEFT's own HiRA, and not of hira. Load it without hira, "
+                "or after hira.unregister(), save its adapter with save_pretrained, and load that with hira."
+            )
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def __repr__(self) -> str:
         return "hira." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """Name the package: the layers of PEFT's own HiRA print as `hira.Linear` too."""
+        return f"hira {__version__}"
 
     # Forward
 
