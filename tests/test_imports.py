@@ -144,7 +144,7 @@ def test_kernels_are_imported_where_they_are_used(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_are_short_and_say_what_they_are(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 500
+    assert len(lines) <= 600
     assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
     assert path.stem not in {"utils", "helpers", "common"}
 

@@ -199,6 +199,14 @@ class ParamWrapper(HiraLayer):
         config = getattr(base, "config", None)
         return weight if getattr(config, "_experts_implementation", None) in FOLLOWED else weight.form()
 
+    def _lazy_weight(self, names: list[str], dequantize: Dequantize | None = None) -> Tensor:
+        if dequantize is not None:  # it refuses
+            dequantize(self.storage.stored)
+        return self._weight(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._read_by_model(name) if name == self.__dict__.get("parameter_name") else super().__getattr__(name)
+
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"(\n  (parameter_name): {self.parameter_name}", 1)
 

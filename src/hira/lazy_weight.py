@@ -1,7 +1,8 @@
-"""W' of many experts as one tensor that forms a matrix where a product asks for it, and only there.
+"""W' as a tensor that forms a matrix where a product asks for it, and only there.
 
 A mixture-of-experts module multiplies the tokens of each expert by that expert's matrix of one parameter. Given a
-`LazyWeight` in the place of the parameter, its own code does so by way of `ops.linear`.
+`LazyWeight` in the place of the parameter, its own code does so by way of `ops.linear`. So does code that reads the
+weight of a layer instead of calling it: that is the weight of one expert.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from hira.errors import HiraError
@@ -40,6 +42,7 @@ class LazyWeight(Tensor):
         ids: for each matrix, the index of its expert.
         transposed: whether the matrices are W'^T (in, out).
         stacked: whether it has three dimensions; otherwise it is one matrix, and `ids` has one entry.
+        kernel: the shape of a convolution's weight, of which the matrix is what it flattens to.
         weight_gradient: as for `ops.linear`.
     """
 
@@ -47,6 +50,7 @@ class LazyWeight(Tensor):
     ids: list[int]
     transposed: bool
     stacked: bool
+    kernel: torch.Size | None
     weight_gradient: WeightGradient
 
     @staticmethod
@@ -57,6 +61,7 @@ class LazyWeight(Tensor):
         *,
         transposed: bool = False,
         stacked: bool = True,
+        kernel: torch.Size | None = None,
         weight_gradient: WeightGradient = "exact",
     ) -> LazyWeight:
         """Make the tensor; see the class."""
@@ -66,13 +71,13 @@ class LazyWeight(Tensor):
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (W0, A, B))
         self: LazyWeight = Tensor._make_wrapper_subclass(
             cls,
-            (len(ids), rows, columns) if stacked else (rows, columns),
+            kernel or ((len(ids), rows, columns) if stacked else (rows, columns)),
             dtype=W0.dtype,
             device=A.device,
             requires_grad=trains,
         )
         self.experts, self.ids, self.weight_gradient = experts, ids, weight_gradient
-        self.transposed, self.stacked = transposed, stacked
+        self.transposed, self.stacked, self.kernel = transposed, stacked, kernel
         if trains:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_refuse_gradient)
@@ -103,14 +108,17 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Refuse: only what does not ask `__torch_function__` comes here, and there is no data to give it."""
         raise HiraError(
-            f"{func} asks for the data of expert weights, which are formed one by one; use another implementation of "
-            "the experts, such as model.set_experts_implementation('grouped_mm')."
+            f"{func} asks for the data of an adapted weight that is formed where it is multiplied by. Leave the module "
+            "out of target_modules; for experts, use another implementation, such as "
+            "model.set_experts_implementation('grouped_mm')."
         )
 
     def form(self) -> Tensor:
         """W' of the experts that it is about, dense and tracked by autograd."""
         formed = {i: self._form(*self.experts[i]) for i in set(self.ids)}
         matrices = [formed[i].t() if self.transposed else formed[i] for i in self.ids]
+        if self.kernel is not None:
+            return matrices[0].view(self.kernel)
         return torch.stack(matrices) if self.stacked else matrices[0]
 
     @staticmethod
@@ -137,6 +145,44 @@ class LazyWeight(Tensor):
         )
 
 
+def weight_of_layer(expert: Expert, *, transposed: bool, kernel: torch.Size | None) -> Tensor:
+    """W' of one layer, which may be given as a whole to an autograd function too.
+
+    Args:
+        expert: W0 and adapter of the layer, as matrices.
+        transposed, kernel: as for `LazyWeight`.
+    """
+    if not torch.is_grad_enabled():
+        return LazyWeight([expert], [0], transposed=transposed, stacked=False, kernel=kernel)
+    weight: Tensor = _Whole.apply(expert, transposed, kernel, expert.W0, expert.A, expert.B)
+    return weight
+
+
+class _Whole(torch.autograd.Function):
+    """Hands a gradient of W' as a whole on to W0, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, expert: Expert, transposed: bool, kernel: torch.Size | None, W0: Tensor, A: Tensor, B: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(W0, A, B)
+        ctx.dequantize, ctx.transposed = expert.dequantize, transposed
+        return LazyWeight([expert], [0], transposed=transposed, stacked=False, kernel=kernel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        W0, A, B = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((W0, A, B), needed, strict=True)]
+            dense = leaves[0] if ctx.dequantize is None else ctx.dequantize(leaves[0])
+            weight = modulated_weight(dense, *leaves[1:])
+        matrix = gradient.t() if ctx.transposed else gradient.reshape(weight.shape)
+        found = iter(torch.autograd.grad(weight, [leaf for leaf in leaves if leaf.requires_grad], matrix))
+        return None, None, None, *(next(found) if need else None for need in needed)
+
+
 # Functions that LazyWeight has a way of its own for. Each returns NotImplemented for arguments that need W' itself.
 
 
@@ -153,12 +199,14 @@ def _index(weight: LazyWeight, index: Any) -> Any:
 
 
 def _transpose(weight: LazyWeight, dim0: int = -2, dim1: int = -1) -> Any:
+    if weight.kernel is not None:
+        return NotImplemented
     last_two = {weight.dim() - 2, weight.dim() - 1}
     return weight._flipped() if {dim0 % weight.dim(), dim1 % weight.dim()} == last_two else NotImplemented
 
 
 def _transpose_matrix(weight: LazyWeight) -> Any:
-    return NotImplemented if weight.stacked else weight._flipped()
+    return NotImplemented if weight.stacked or weight.kernel is not None else weight._flipped()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -202,13 +250,16 @@ def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None = None, **options: A
 
 
 def _is_factor(value: Any, *, transposed: bool, stacked: bool) -> TypeGuard[LazyWeight]:
-    return isinstance(value, LazyWeight) and (value.transposed, value.stacked) == (transposed, stacked)
+    if not isinstance(value, LazyWeight) or value.kernel is not None:
+        return False
+    return (value.transposed, value.stacked) == (transposed, stacked)
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
     raise HiraError(
-        "A gradient was computed of expert weights as a whole, by code that HiRA cannot follow to its adapters; use "
-        "another implementation of the experts, such as model.set_experts_implementation('grouped_mm')."
+        "A gradient was computed of an adapted weight as a whole, by code that HiRA cannot follow to its adapters. "
+        "Leave the module out of target_modules; for experts, use another implementation, such as "
+        "model.set_experts_implementation('grouped_mm')."
     )
 
 
@@ -248,6 +299,7 @@ _KEYWORDS = frozenset(
 _METADATA = frozenset(
     (
         *("shape", "size", "dim", "ndim", "numel", "__len__", "__hash__", "requires_grad", "layout"),
-        *("dtype", "element_size", "is_floating_point", "device", "is_cuda", "is_cpu", "is_meta"),
+        *("dtype", "element_size", "itemsize", "is_floating_point", "is_complex", "is_sparse", "is_quantized"),
+        *("device", "get_device", "is_cuda", "is_cpu", "is_meta"),
     )
 )

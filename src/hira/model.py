@@ -23,7 +23,7 @@ from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
 from hira.state_dicts import check_whole, fit_to_checkpoint, unwrapped
 from hira.transaction import unchanged_on_error
-from hira.tuner_layer import BASE
+from hira.tuner_layer import BASE, adapters_of_rows
 
 STOCK_PACKAGE = "peft.tuners.hira"
 
@@ -49,10 +49,6 @@ class HiraModel(BaseTuner):
     prefix = "hira_"
     tuner_layer_cls = HiraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with unchanged_on_error(model):  # PEFT adds the configuration to an adapted model's before anything is checked
-            super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted module; arguments and errors as the class's."""
@@ -223,10 +219,12 @@ class HiraModel(BaseTuner):
         pass_names = partial(_pass_adapter_names, by_rows=by_rows)
         layers = [module for module in self.modules() if isinstance(module, HiraLayer | AuxiliaryTrainingWrapper)]
         handles = [layer.register_forward_pre_hook(pass_names, with_kwargs=True) for layer in layers]
+        token = adapters_of_rows.set(list(adapter_names))
         try:
             with _names_repeated_by_generate(self.model, by_rows):
                 yield
         finally:
+            adapters_of_rows.reset(token)
             for handle in handles:
                 handle.remove()
 

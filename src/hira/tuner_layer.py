@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial, reduce
 from numbers import Real
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -15,16 +18,21 @@ from torch import Tensor, nn
 from hira import offload, ops
 from hira.config import InitWeights, check_init_weights, check_rank
 from hira.errors import HiraError
+from hira.lazy_weight import Expert, weight_of_layer
 from hira.merging import MergeableLayer
+from hira.ops.linear import Dequantize
 from hira.ops.recompute import formed, recomputed
 from hira.ops.workspace import formation_dtype
 from hira.sharded_layer import ShardedLayer
-from hira.sharding import only_gathers
+from hira.sharding import is_dtensor, only_gathers
 from hira.substitution import exclusive, substituted
 from hira.version import __version__
-from hira.weights import Storage
+from hira.weights import Storage, Transposed
 
 BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
+# the adapter_names of the mixed batch that a model computes
+adapters_of_rows: ContextVar[list[str] | None] = ContextVar("adapters_of_rows", default=None)
+_CALL = nn.Module._call_impl.__code__
 
 
 class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
@@ -245,13 +253,49 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight; W' where the model reads the weight instead of calling the layer."""
-        names = self._applied() if self.weight_is_read else []
-        if names:
-            return self._stored_orientation(self._effective_weight(self._read_original(), *self._factors(names)))
-        base: Any = self._modules["base_layer"]
-        weight: Tensor = base.weight
+        """The base layer's weight; W' where a model's forward reads it instead of calling the layer."""
+        return self._read_by_model("weight")
+
+    def _read_by_model(self, name: str) -> Tensor:
+        """A parameter of the base layer, or W' if that is the adapted one and a forward reads it."""
+        storage = self.storage
+        if name == storage.name and storage.takes_dense and (self.weight_is_read or _is_in_a_call()):
+            names = self._applied()
+            if self.weight_is_read or torch.compiler.is_compiling():
+                if names:
+                    return self._stored_orientation(
+                        self._effective_weight(self._read_original(), *self._factors(names))
+                    )
+            elif (rows := adapters_of_rows.get()) is not None and any(self._present([row]) != names for row in rows):
+                return self._lazy_weight(list(self._factor_dicts[0]), partial(self._refuse_rows, names))
+            elif names:
+                return self._lazy_weight(names)
+        weight: Tensor = getattr(self._modules["base_layer"], name)
         return weight
+
+    def _lazy_weight(self, names: list[str], dequantize: Dequantize | None = None) -> Tensor:
+        """W' that is formed where it is multiplied by: often a forward reads no more than its dtype."""
+        with self.holding_W0() if self._record is not None else nullcontext():
+            storage = self.storage
+            stored, brings_in = storage.stored, dequantize or storage.dequantize
+            if is_dtensor(stored):
+                brings_in = lambda _: storage.kept()  # noqa: E731  # which says why it cannot be read
+            else:
+                stored = storage.kept()
+        A, B = self._factors(names)
+        expert = Expert(*self._matrices(stored, A, B))
+        if brings_in is not None:
+            fetch = brings_in
+            expert = expert._replace(dequantize=lambda _: self._matrices(fetch(stored), A, B)[0])
+        return weight_of_layer(
+            expert, transposed=isinstance(storage, Transposed), kernel=stored.shape if stored.dim() > 2 else None
+        )
+
+    def _refuse_rows(self, active: list[str], stored: Tensor) -> Tensor:
+        raise HiraError(
+            f"adapter_names asks for other adapters than the active {active}, but the model multiplies by the weight "
+            f"of {self.name or 'a layer'} itself, which is one for all rows; set the adapter and pass no names."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -477,3 +521,15 @@ def _check_scale(scale: Any, nonzero: bool = False) -> None:
     if not isinstance(scale, Real) or not math.isfinite(scale) or (nonzero and scale == 0):
         expected = f"a finite number{' other than 0' if nonzero else ''}"
         raise HiraError(f"The scale of an adapter must be {expected}, but is {scale!r}.")
+
+
+def _is_in_a_call() -> bool:
+    """Whether a module is being called: only then is a weight read to compute with; else to load, tie or resize it."""
+    if torch.compiler.is_compiling():
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back
+    return False
