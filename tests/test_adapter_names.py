@@ -88,6 +88,21 @@ def test_a_name_that_cannot_be_held_is_refused_before_anything_changes(name, tmp
         PeftModel.from_pretrained(Body(), tmp_path / "first", adapter_name=name)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_refused_adapter_leaves_the_configurations_of_an_adapted_model(mixed):
+    body, first = Body(), config()
+    inject_adapter_in_model(first, body, "first")
+    before = structure(body)
+    for name in ("my.adapter", "first"):
+        with pytest.raises(HiraError):
+            get_peft_model(body, config(r=3), adapter_name=name, mixed=mixed)
+        assert body.peft_config == {"first": first}
+        assert body.peft_config["first"] is first
+        assert structure(body) == before
+    inject_adapter_in_model(config(r=3), body, "second")
+    assert list(body.peft_config) == ["first", "second"]
+
+
 def test_a_name_that_is_no_text_is_refused():
     body = Body()
     with pytest.raises(HiraError, match=r"^3 cannot be the name of an adapter: it is a int, not a str"):

@@ -25,6 +25,10 @@ class HiraMixedModel(MixedModel):
     into W0 itself, and the other adapters add to that.
     """
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_error(model):
+            super().__init__(model, *args, **kwargs)
+
     def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if _is_hira(config):
             HiraModel._create_and_replace(self, config, *args, **kwargs)

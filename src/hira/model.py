@@ -50,6 +50,10 @@ class HiraModel(BaseTuner):
     tuner_layer_cls = HiraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_error(model):  # PEFT adds the configuration to an adapted model's before anything is checked
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted module; arguments and errors as the class's."""
         config = self.peft_config[adapter_name]
