@@ -287,9 +287,9 @@ def test_an_unknown_weight_gradient_is_refused():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("lora_alpha", 16, "HiRA has no scale: the learning rate"),
-        ("use_rslora", True, "HiRA has no scale"),
-        ("alpha_pattern", {}, "HiRA has no scale"),
+        ("lora_alpha", 16, "HiRA is trained without a scale: the learning rate"),
+        ("use_rslora", True, "HiRA is trained without a scale"),
+        ("alpha_pattern", {}, "HiRA is trained without a scale"),
         ("lora_dropout", 0.1, "hira_dropout"),
         ("lora_r", 8, "the rank is r"),
         ("init_lora_weights", True, "init_weights"),

@@ -209,8 +209,8 @@ def test_modules_folders_and_archives_run_as_under_python(folder):
 def test_an_interrupt_reaches_the_program(folder):
     (folder / "program.py").write_text("""
 import time
-print("running", flush=True)
 try:
+    print("running", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("stopping", flush=True)

@@ -20,7 +20,9 @@ from hira.errors import HiraError
 InitWeights = bool | Literal["gaussian"] | None
 Config = TypeVar("Config", bound=PeftConfig)
 
-_NO_SCALE = "HiRA has no scale: the learning rate sets the size of the update, and is commonly 5 to 50 times LoRA's"
+_NO_SCALE = (
+    "HiRA is trained without a scale: the learning rate sets the size of the update, commonly at 5 to 50 times LoRA's"
+)
 _INSTEAD = {
     "lora_alpha": _NO_SCALE,
     "alpha": _NO_SCALE,
