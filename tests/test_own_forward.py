@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -340,3 +341,38 @@ def test_compiled_as_one_graph(case):
     y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     assert_alike(layer, x, y, layer(x))
     assert "weight" not in layer.get_base_layer().__dict__
+
+
+class Offloaded(nn.Module):
+    """Layers with forwards of their own, and one whose weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = Gemma3TextScaledWordEmbedding(9, 7, 0, 7.0), Cosine(7, 5)
+        self.read, self.last = nn.Linear(7, 5), Remembering(5, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.last(self.head(x) + F.linear(x, self.read.weight))
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    base = Offloaded().double()
+    targets = ["table", "head", "read", "last"]
+    in_memory = peft.get_peft_model(copy.deepcopy(base), config(target_modules=targets)).double()
+    offloaded = peft.get_peft_model(accelerate.cpu_offload(base, torch.device("cpu")), config(target_modules=targets))
+    factors = {name: p for name, p in in_memory.named_parameters() if "hira_" in name}
+    for name, parameter in offloaded.named_parameters():
+        if name in factors:
+            parameter.data = factors[name].detach().clone()
+    outputs = offloaded(ids()), in_memory(ids())
+    torch.testing.assert_close(*outputs, **EXACT)
+    for y in outputs:
+        y.square().sum().backward()
+    for name, parameter in offloaded.named_parameters():
+        if name in factors:
+            torch.testing.assert_close(parameter.grad, factors[name].grad, **EXACT)
+        else:
+            assert parameter.is_meta
+    assert offloaded.base_model.model.last.get_base_layer().calls == 1
