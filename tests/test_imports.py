@@ -24,7 +24,7 @@ LAYERS = [
     ["weights", "tensor_parallel"],
     ["merging", "sharded_layer", "storages"],
     ["tuner_layer"],
-    ["layer", "experts"],
+    ["layer", "experts", "old_experts"],
     ["bnb", "attention"],
     ["dispatch", "state_dicts", "adapter_names"],
     ["model"],

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from hira import offload
 from hira.adapter_names import check_name, check_saved_modules
 from hira.attention import check_not_offloaded
+from hira.checkpoint.adapter import plain_name
 from hira.config import check_config, rank_of
 from hira.dispatch import dispatch
 from hira.errors import HiraError
 from hira.experts import check_targets
 from hira.layer import ConvNd, HiraLayer
+from hira.old_experts import target_experts
 from hira.state_dicts import check_whole, fit_to_checkpoint, unwrapped
 from hira.transaction import unchanged_on_error
 from hira.tuner_layer import BASE, adapters_of_rows
@@ -59,9 +61,10 @@ class HiraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_config(config)
         check_new_name(model, adapter_name, self.peft_config)
-        check_targets(model, _target_parameters(config))
-        offload.check_copies(model, config.modules_to_save or ())
-        with unchanged_on_error(model):
+        with unchanged_on_error(model), _fields_back_on_error(config):
+            target_experts(model, config)
+            check_targets(model, _target_parameters(config))
+            offload.check_copies(model, config.modules_to_save or ())
             with reporting_unmatched(model, config, kwargs.get("state_dict")):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             offload.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
@@ -79,6 +82,11 @@ class HiraModel(BaseTuner):
                 "modules to adapt, or pass 'all-linear'."
             )
         return super()._prepare_adapter_config(peft_config, {"model_type": model_type})
+
+    @staticmethod
+    def _check_target_module_exists(hira_config: Any, key: str) -> Any:
+        """As PEFT's, but wrappers around modules, such as torch.compile's, are no part of a name."""
+        return BaseTuner._check_target_module_exists(hira_config, plain_name(key))
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Refuse an adapter on other parameters than another's: the nesting of wrappers is in a checkpoint's keys."""
@@ -105,6 +113,7 @@ class HiraModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
+        current_key = plain_name(current_key)
         r = rank_of(hira_config, current_key)
         found = _hira_layer_in(target)
         if found is not None and found.parameter_name == parameter_name:
@@ -287,9 +296,25 @@ class HiraModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        # PEFT does not look through wrappers that take themselves out of state dicts
+        layers = [(unwrapped(name), layer) for name, layer in model.named_modules() if isinstance(layer, HiraLayer)]
+        for key in [f"{name}.{factor}" for name, layer in layers for factor in layer.factor_names]:
+            if key in remapped:
+                remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
         fit_to_checkpoint(model, config, adapter_name, remapped)
         offload.take(remapped, model)
         return remapped
+
+
+@contextmanager
+def _fields_back_on_error(config: Any) -> Iterator[None]:
+    before = vars(config).copy()
+    try:
+        yield
+    except BaseException:
+        vars(config).clear()
+        vars(config).update(before)
+        raise
 
 
 def _target_parameters(config: Any) -> Collection[str]:

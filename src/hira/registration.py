@@ -13,16 +13,20 @@ from types import ModuleType
 from typing import Any, Union
 
 import peft
+import peft.functional
 import peft.helpers
 import peft.mapping
 import peft.mixed_model
 import peft.optimizers.lorafa
 import peft.optimizers.loraplus
+import peft.peft_model
 import peft.tuners
 import peft.tuners.hira
 import peft.tuners.mixed
 import peft.tuners.mixed.model
 import peft.tuners.tuners_utils
+import peft.tuners.xlora.model
+import peft.utils.save_and_load
 from huggingface_hub import ModelCard
 from peft.utils import PeftType
 from torch import nn
@@ -38,6 +42,7 @@ from hira.mixed import HiraMixedModel
 from hira.model import HiraModel
 from hira.offload import left_where_it_is
 from hira.optimizers import lorafa, loraplus, riemannian_pairs
+from hira.state_dicts import loading, saving
 from hira.transaction import unchanged_on_error
 from hira.version import __version__
 
@@ -105,6 +110,12 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
 
     tuners = peft.tuners.tuners_utils
     yield tuners, "onload_layer", _onloading_others(tuners.onload_layer)
+
+    storing = peft.utils.save_and_load
+    for module in (peft, peft.utils, storing, peft.peft_model, peft.functional, peft.tuners.xlora.model):
+        for name, wrap in (("get_peft_model_state_dict", saving), ("set_peft_model_state_dict", loading)):
+            if name in vars(module):
+                yield module, name, wrap(vars(module)[name])
 
     # of which rescale_adapter_scale changes the scaling
     yield peft.helpers, "LoraLayer", (peft.helpers.LoraLayer, HiraLayer)

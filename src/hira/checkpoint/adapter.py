@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,44 @@ _MAX_CONFIG = 10_000_000
 _PIECE = 1 << 22  # entries that are looked at at a time
 _PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B"}
 
+# modules that torch.compile, FSDP and activation checkpointing put around others, under these names
+_WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
 Kind = Literal["matrix", "embedding", "convolution"]
+
+
+def plain_name(name: str) -> str:
+    """A module's or tensor's name without the parts that stand for wrappers around it, DDP around all included."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    return plain.removeprefix("module.") if plain.startswith(f"module.{PREFIX}") else plain
+
+
+def stacked(where: str, parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Join the factors of matrices that lie in one parameter, as those of experts do.
+
+    BA of matrices whose rows follow one another is ``[B1 0; 0 B2] [A1; A2]``.
+
+    Args:
+        where: the parameter, for messages.
+        parts: for each of the E matrices that it stacks, the pairs A (r, in) and B (out, r) of those whose rows follow
+            one another in it.
+
+    Returns:
+        A (E R, in) and B (out, R E) for R, the sum of the ranks, in the layout of PEFT's LoRA on parameters.
+
+    Raises:
+        HiraError: the ranks differ from matrix to matrix, or the other sizes do not fit.
+    """
+    shapes = {tuple((tuple(A.shape), tuple(B.shape)) for A, B in pairs) for pairs in parts}
+    inputs = {A[1:] for pairs in shapes for A, _ in pairs}
+    if len(shapes) != 1 or len(inputs) != 1 or any(len(A) != 2 or A[0] != B[1] for pairs in shapes for A, B in pairs):
+        raise HiraError(
+            f"{where} holds matrices that the adapter has factors of one by one, of shapes {sorted(shapes)}; they can "
+            "be joined where all are linear layers' and their ranks are the same from one expert to the next."
+        )
+    A = torch.stack([torch.cat([A for A, _ in pairs]) for pairs in parts])
+    B = torch.stack([torch.block_diag(*(B for _, B in pairs)) for pairs in parts])  # type: ignore[no-untyped-call]
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -57,22 +94,33 @@ class Factors:
         shapes: their shapes: A (r, in) and B (out, r), with the kernel behind for a convolution.
         kind: "embedding" and "convolution" are known by name and shape; a "matrix" may be that of a linear layer, of
             attention, or of stacked experts, which only the base model tells.
+        parts: factors that these are joined from, as `stacked` takes them; none for those that are in the file.
     """
 
     tensors: Mapping[str, Tensor]
     keys: tuple[str, str]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     kind: Kind
+    parts: tuple[tuple[Factors, ...], ...] = ()
 
     @property
     def A(self) -> Tensor:
         """The factor of inputs, (r, in, ...)."""
-        return self.tensors[self.keys[0]]
+        return self._joined[0] if self.parts else self.tensors[self.keys[0]]
 
     @property
     def B(self) -> Tensor:
         """The factor of outputs, (out, r, ...)."""
-        return self.tensors[self.keys[1]]
+        return self._joined[1] if self.parts else self.tensors[self.keys[1]]
+
+    @property
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        return stacked(self.keys[0], [[(part.A, part.B) for part in pairs] for pairs in self.parts])
+
+    @property
+    def all_keys(self) -> list[tuple[str, str]]:
+        """The names of all pairs A and B in the file that these factors are, or are joined from."""
+        return [part.keys for pairs in self.parts for part in pairs] or [self.keys]
 
     @property
     def rank(self) -> int:
@@ -192,16 +240,22 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
     Raises:
         HiraError: a tensor is not of HiRA's, A or B lacks the other, or their ranks differ.
     """
-    described = dtypes_and_shapes(tensors)
+    keys: dict[str, str] = {}
+    for key in tensors:
+        other = keys.setdefault(plain_name(key), key)
+        if other != key:
+            raise HiraError(f"tensors {other!r} and {key!r} of {where} differ by the names of wrappers alone.")
+    found = dtypes_and_shapes(tensors)
+    described = {name: found[key] for name, key in keys.items()}
     modules: dict[str, Factors] = {}
     others: dict[str, str] = {}
     for key, (dtype, _) in described.items():
-        what = f"tensor {key!r} of {where}"
+        what = f"tensor {keys[key]!r} of {where}"
         if not key.startswith(PREFIX):
             raise HiraError(f"{what} must have a name that starts with {PREFIX!r}; PEFT did not write it.")
         module, _, last = key[len(PREFIX) :].rpartition(".")
         if "hira_" not in key and "lora_" not in key:
-            others[key[len(PREFIX) :]] = key
+            others[key[len(PREFIX) :]] = keys[key]
             continue
         if not module or "hira_" in module or last not in {*_PAIRS, *_PAIRS.values()}:
             raise HiraError(f"{what} is not one of HiRA's, which end in {', '.join(_PAIRS)} or their B.")
@@ -212,10 +266,11 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
         absent = [name for name in pair if name not in described]
         if absent:
             raise HiraError(f"{what} lacks the other factor, {absent[0]!r}; the file is not complete.")
-        if module in modules and modules[module].keys != pair:
+        in_file = keys[pair[0]], keys[pair[1]]
+        if module in modules and modules[module].keys != in_file:
             raise HiraError(f"{what}: its module has the factors of an embedding and others too.")
         A, B = (described[name][1] for name in pair)
-        modules[module] = Factors(tensors, pair, (A, B), _kind(what, A, B, "embedding" in last))
+        modules[module] = Factors(tensors, in_file, (A, B), _kind(what, A, B, "embedding" in last))
     if not modules:
         raise HiraError(f"{where} has no factors of HiRA; there is nothing to apply.")
     return modules, others

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from hira.checkpoint.adapter import plain_name
 from hira.checkpoint.parameters import Location
 from hira.errors import HiraError
 
@@ -26,7 +27,7 @@ class Architecture:
     """A model of transformers without its weights: its modules are on the meta device and take next to no memory.
 
     Args:
-        model: the model, on the meta device.
+        model: the model, on the meta device, or one with adapters, whose names are taken without theirs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,12 +55,33 @@ class Architecture:
         converters = [c for c in conversions if isinstance(c, core_model_loading.WeightConverter)]
         renamings = [c for c in conversions if isinstance(c, core_model_loading.WeightRenaming)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix, state = self._model.base_model_prefix, self._model.state_dict()
+        prefix, state = self._model.base_model_prefix, self._plain_state()
         found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         for tensor in sorted(tensors, key=_numerically):
             name, pattern = core_model_loading.rename_source_key(tensor, renamings, converters, prefix, state)
             found[name][pattern].append(tensor)
         return {name: _location(parts, by_pattern) for name, parts in found.items()}
+
+    def experts(self) -> dict[str, tuple[str, ...]]:
+        """By the name of each parameter that stacks what transformers 4 had in modules, those modules' last names."""
+        if core_model_loading is None:
+            return {}
+        found = {}
+        for converter in conversion_mapping.get_model_conversion_mapping(self._model):
+            steps = [type(step).__name__ for step in getattr(converter, "operations", ())]
+            if steps[:1] != ["MergeModulelist"] or len(converter.target_patterns) != 1:
+                continue
+            end = re.sub(r"\W", "", converter.target_patterns[0].rpartition(".")[2])
+            modules = [re.findall(r"(\w+)\W*\.weight", pattern) for pattern in converter.source_patterns]
+            for name, tensor in self._plain_state().items():
+                if name.endswith(f".{end}") and tensor.dim() == 3 and all(modules):
+                    found[name] = tuple(module[-1] for module in modules)
+        return found
+
+    def _plain_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers by their names without those of adapters' layers and of wrappers."""
+        tensors = (*self._model.named_parameters(), *self._model.named_buffers())
+        return {plain_name(name).replace(".base_layer", ""): tensor for name, tensor in tensors}
 
     def absent(self, found: Container[str]) -> list[str]:
         """The parameters, none of those tied to them included, that are not among the found, as parts of others are."""

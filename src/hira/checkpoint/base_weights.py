@@ -28,7 +28,8 @@ class BaseWeights:
     def __init__(self, base: str | os.PathLike[str], adapter: Adapter) -> None:
         self._parameters, self._adapter = Parameters(read_folder(base)), adapter
         self._changes = changes_of(self._parameters, [adapter], [1.0], merging=False)
-        self._targets = {use.factors.keys: target for target in self._changes.targets.values() for use in target.uses}
+        pairs = [(use.factors, target) for target in self._changes.targets.values() for use in target.uses]
+        self._targets = {keys: target for factors, target in pairs for keys in factors.all_keys}
 
     def name(self, module: str) -> str:
         """The name of a module's weight in the model."""

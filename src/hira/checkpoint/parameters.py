@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -192,11 +192,15 @@ class Parameters:
             return THEIR_EMBEDDINGS
         return () if self._architecture is None else self._architecture.embeddings()
 
+    def locate(self, tensors: Iterable[str]) -> dict[str, Location | None]:
+        """Where parameters would lie if the files had these tensors, by name; None where in another order."""
+        if self._as_in_model or self._architecture is None:
+            return {tensor: Location(((tensor,),)) for tensor in tensors}
+        return self._architecture.locate(tensors)
+
     def name_of(self, tensor: str) -> str:
         """The name in the model of a tensor that the files may have besides those that are there."""
-        if self._as_in_model or self._architecture is None:
-            return tensor
-        return next(iter(self._architecture.locate([tensor])))
+        return next(iter(self.locate([tensor])))
 
     def is_transposed(self, name: str) -> bool | None:
         """Whether a parameter is stored as (in, out); None where the architecture is not known."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hira.checkpoint.adapter import Adapter, Factors, TensorFile, dtypes_and_shapes
+from hira.checkpoint.adapter import Adapter, Factors, TensorFile, dtypes_and_shapes, stacked
 from hira.checkpoint.parameters import IN_MEMORY, Parameters, Rows, StoredMatrix, matrices_of
 from hira.checkpoint.quantisation import check_real
 from hira.errors import HiraError
@@ -123,8 +123,8 @@ def changes_of(
     targets: dict[str, Target] = {}
     replaced: dict[str, Replaced] = {}
     prefixes = set()
-    for adapter, weight in zip(adapters, weights, strict=True):
-        named, prefix = _naming(parameters, adapter)
+    for given, weight in zip(adapters, weights, strict=True):
+        adapter, named, prefix = _naming(parameters, given)
         prefixes.add(prefix)
         for other, key in adapter.others.items():
             if ".original_module." in other:  # PEFT saves it beside a resized embedding of `modules_to_save`
@@ -152,32 +152,64 @@ def changes_of(
     return Changes(targets, replaced, prefixes.pop())
 
 
-def _naming(parameters: Parameters, adapter: Adapter) -> tuple[Callable[[str], str], str]:
-    """How an adapter's names become those of the base model's parameters, and the prefix that those lack.
+def _given_and_renamed(parameters: Parameters, given: Adapter) -> Iterator[Adapter]:
+    yield given
+    yield _renamed(parameters, given)
+
+
+def _renamed(parameters: Parameters, adapter: Adapter) -> Adapter:
+    """An adapter under the names of the model's modules now, where it has those of an older transformers.
+
+    Transformers' table of conversions says which they are. Experts that were modules are a parameter together, and so
+    are their factors.
+    """
+    modules = {f"{name}.weight": name for name in adapter.modules if not _candidates(parameters, adapter, name)}
+    others = [name for name in adapter.others if parameters.holder(name) is None]
+    found = {name: factors for name, factors in adapter.modules.items() if f"{name}.weight" not in modules}
+    for name, location in parameters.locate(modules).items():
+        if location is None or parameters.holder(name) is None:
+            continue
+        parts = tuple(tuple(adapter.modules[modules.pop(tensor)] for tensor in each) for each in location.tensors)
+        if location.stacked:
+            (first, *_), *_ = parts
+            pairs = [[tuple(torch.empty(s, device="meta") for s in part.shapes) for part in each] for each in parts]
+            A, B = stacked(f"{name} of {parameters.folder.path}", pairs)  # type: ignore[arg-type]
+            found[name] = Factors(adapter.tensors, first.keys, (tuple(A.shape), tuple(B.shape)), "matrix", parts)
+        else:
+            found[name.removesuffix(".weight")] = parts[0][0]
+    found |= {name: adapter.modules[name] for name in modules.values()}
+    names = {name: next(iter(parameters.locate([name]))) for name in others}
+    return replace(adapter, modules=found, others={names.get(n, n): key for n, key in adapter.others.items()})
+
+
+def _naming(parameters: Parameters, given: Adapter) -> tuple[Adapter, Callable[[str], str], str]:
+    """An adapter, how its names become those of the base model's parameters, and the prefix that those lack.
 
     An adapter may have been trained on the model with its head where the base is the model without, or the reverse:
-    then all names differ by a first component, which transformers adds or removes as it loads.
+    then all names differ by a first component, which transformers adds or removes as it loads. Or it may have been
+    trained with an older transformers.
     """
-    modules = list(adapter.modules)
-    first = {module.partition(".")[0] for module in modules}
-    rules: list[tuple[Callable[[str], str], str]] = [(lambda name: name, "")]
-    if len(first) == 1:
-        prefix = f"{first.pop()}."
-        rules.append((lambda name: name.removeprefix(prefix), prefix))
-    for component in dict.fromkeys(name.partition(".")[0] for name in parameters.locations):
-        rules.append((lambda name, added=f"{component}.": f"{added}{name}", ""))  # type: ignore[misc]
     missing: list[str] = []
-    for named, prefix in rules:
-        absent = [module for module in modules if not _candidates(parameters, adapter, named(module))]
-        if not absent:
-            return named, prefix
-        for module in absent:
-            check_real(parameters, module, _names(adapter, named(module)))
-        missing = missing or absent
+    for adapter in _given_and_renamed(parameters, given):
+        modules = list(adapter.modules)
+        first = {module.partition(".")[0] for module in modules}
+        rules: list[tuple[Callable[[str], str], str]] = [(lambda name: name, "")]
+        if len(first) == 1:
+            prefix = f"{first.pop()}."
+            rules.append((lambda name, removed=prefix: name.removeprefix(removed), prefix))  # type: ignore[misc]
+        for component in dict.fromkeys(name.partition(".")[0] for name in parameters.locations):
+            rules.append((lambda name, added=f"{component}.": f"{added}{name}", ""))  # type: ignore[misc]
+        for named, prefix in rules:
+            absent = [module for module in modules if not _candidates(parameters, adapter, named(module))]
+            if not absent:
+                return adapter, named, prefix
+            for module in absent:
+                check_real(parameters, module, _names(adapter, named(module)))
+            missing = missing or absent
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     raise HiraError(
         f"The model {parameters.folder.path} has no parameters for {', '.join(missing[:5])}{more} of the adapter "
-        f"{adapter.path}. Either the adapter is of another model, or the files of this architecture name their tensors "
+        f"{given.path}. Either the adapter is of another model, or the files of this architecture name their tensors "
         f"otherwise than its modules. {IN_MEMORY}"
     )
 
@@ -188,9 +220,9 @@ def _candidates(parameters: Parameters, adapter: Adapter, module: str) -> list[s
 
 
 def _names(adapter: Adapter, module: str) -> list[str]:
-    """The names that they may have."""
+    """The names that they may have; joined factors have the name of their parameter."""
     plain = module.replace(".base_layer", "")
-    return list(dict.fromkeys((*_targeted(adapter, plain), f"{plain}.weight", f"{plain}.in_proj_weight")))
+    return list(dict.fromkeys((*_targeted(adapter, plain), f"{plain}.weight", f"{plain}.in_proj_weight", plain)))
 
 
 def _targeted(adapter: Adapter, module: str) -> list[str]:
