@@ -36,7 +36,7 @@ LAYERS = [
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of modulate
 OPS_LAYERS = [
-    ["reference", "paths", "derivative"],
+    ["reference", "paths"],
     ["workspace"],
     ["dither", "int8", "cuda"],
     ["modulate"],

@@ -1,29 +1,36 @@
-"""W' kept between the forwards of generation: when it is used, when it is formed anew, and when it is freed."""
+"""W' kept while a model generates: when it is used, when it is formed anew, and when it is freed."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 import hira
 from hira import HiraConfig, inference_cache
-from hira.ops import modulate, paths
+from hira.ops import modulate
 
 
 @pytest.fixture(autouse=True)
 def _empty():
-    inference_cache.clear()
+    assert inference_cache.nbytes == 0
     yield
-    inference_cache.clear()
+    assert inference_cache.nbytes == 0
+
+
+@pytest.fixture
+def scope():
+    with inference_cache.keep():
+        yield
 
 
 @pytest.fixture
@@ -58,7 +65,7 @@ def generate(layer, x=X):
     return layer(x)
 
 
-def test_w_is_formed_once(formed):
+def test_w_is_formed_once(scope, formed):
     layer = adapted()
     y = [generate(layer) for _ in range(4)]
     assert formed == [(5, 6)]
@@ -67,7 +74,7 @@ def test_w_is_formed_once(formed):
     assert torch.equal(y[0], y[3])
 
 
-def test_under_inference_mode(formed):
+def test_under_inference_mode(scope, formed):
     layer = adapted()
     with torch.inference_mode():
         layer(X)
@@ -92,14 +99,13 @@ CHANGES = {
     "deleted": lambda layer: layer.delete_adapter("a"),
     "reset": lambda layer: layer.reset_hira_parameters("a", True),
     "another dtype": lambda layer: layer.double(),
-    "A through .data": lambda layer: layer.hira_A["a"].data.zero_(),
-    "an entry of B through .data": lambda layer: layer.hira_B["a"].data[3, 1].add_(1),
-    "W0 through .data": lambda layer: layer.base_layer.weight.data.mul_(2),
+    "a scale": lambda layer: layer.set_scale("a", 0.5),
+    "dropout": lambda layer: layer.hira_dropout.update({"a": nn.Dropout(1.0)}),  # in training, in a model that is not
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_seen(change):
+def test_a_change_is_seen(scope, change):
     layer = adapted()
     before = generate(layer)
     with torch.no_grad():
@@ -111,38 +117,114 @@ def test_a_change_is_seen(change):
         assert after.dtype != before.dtype or not torch.allclose(after, before)
 
 
-def test_not_in_training(formed):
-    layer = adapted()
-    layer.train()
-    generate(layer)
-    assert inference_cache.nbytes == 0
-    layer.eval()
-    layer(X)  # with gradients
-    assert inference_cache.nbytes == 0
-    generate(layer)
-    assert inference_cache.nbytes > 0
-    layer.train()
-    assert inference_cache.nbytes == 0
+WRITES = {
+    "A": lambda layer: layer.hira_A["a"].data.zero_(),
+    "an entry of B": lambda layer: layer.hira_B["a"].data[3, 1].add_(1),
+    "an entry of W0": lambda layer: layer.base_layer.weight.data[2, 3].add_(1),
+    "W0 by NumPy": lambda layer: layer.base_layer.weight.numpy().__imul__(2),
+    "W0's data replaced": lambda layer: setattr(layer.base_layer.weight, "data", torch.ones(5, 6)),
+}
 
 
-def test_a_training_forward_in_evaluation_mode_frees_it():
-    """Some optimisers write through .data, which leaves no trace."""
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_whatever_is_written_is_seen_by_the_next_scope(write):
+    """What is written through .data or by NumPy leaves no trace but in the numbers."""
     layer = adapted()
-    generate(layer)
+    with inference_cache.keep():
+        before = generate(layer)
+    write(layer)
+    with inference_cache.keep():
+        after = generate(layer)
+    torch.testing.assert_close(after, expected(layer, X))
+    assert not torch.allclose(after, before)
+
+
+def test_the_row_of_a_new_token_is_seen():
+    layer = hira.Linear(
+        nn.Linear(64, 3200, bias=False).requires_grad_(False), "a", HiraConfig(r=4, init_weights=False)
+    ).eval()
+    x = torch.randn(1, 64)
+    with inference_cache.keep():
+        generate(layer, x)
+    layer.base_layer.weight.data[1234] += 1
+    with inference_cache.keep():
+        torch.testing.assert_close(generate(layer, x), expected(layer, x))
+
+
+def test_nothing_is_kept_outside_of_a_scope(formed):
+    layer = adapted()
+    for _ in range(2):
+        generate(layer)
+    assert len(formed) == 2
+    assert inference_cache.nbytes == 0
+    assert not inference_cache.keeps
+
+
+def test_nothing_is_kept_of_forwards_with_gradients(scope):
+    layer = adapted()
     layer(X)
     assert inference_cache.nbytes == 0
+    generate(layer)
+    assert layer(X).requires_grad
 
 
-def test_many_tokens_do_not_start_it_but_use_it(formed):
-    layer, many = adapted(), torch.randn(paths.FEW_TOKENS + 1, 6)
-    generate(layer, many)
+def test_a_scope_ends_with_an_error_too_and_one_within_another_is_part_of_it(formed):
+    layer = adapted()
+    with pytest.raises(KeyError), inference_cache.keep():
+        generate(layer)
+        with inference_cache.keep():
+            generate(layer)
+        generate(layer)
+        assert len(formed) == 1
+        raise KeyError
+    assert inference_cache.nbytes == 0
+
+
+def test_an_error_while_forming_leaves_no_bytes_behind(scope, monkeypatch):
+    layer = adapted()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(modulate, "form", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        generate(layer)
     assert inference_cache.nbytes == 0
     generate(layer)
+    assert inference_cache.nbytes == 5 * 6 * 4
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_dropout_in_training_drops_whatever_the_model_is_in(scope, tokens):
+    """As in MC dropout, where the model is in evaluation mode and its dropout modules are not."""
+    base = nn.Linear(6, 5).requires_grad_(False)
+    layer = hira.Linear(base, "a", HiraConfig(r=2, init_weights=False, hira_dropout=0.5)).eval()
+    x = torch.randn(tokens, 6)
+    assert torch.equal(layer(x), layer(x))
+    layer.hira_dropout["a"].train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+@torch.no_grad()
+def test_dropout_in_training_drops_in_a_mixed_batch_of_single_tokens():
+    """Those of several adapters share one product, which has no dropout."""
+    config = HiraConfig(r=2, init_weights=False, hira_dropout=0.5)
+    layer = hira.Linear(nn.Linear(6, 5).requires_grad_(False), "a", config).eval()
+    for name in "bc":
+        layer.update_layer(name, 2, config)
+    layer.eval().hira_dropout["b"].train()
+    x, names = torch.randn(3, 1, 6), ["a", "b", "c"]
+    first, second = layer(x, adapter_names=names), layer(x, adapter_names=names)
+    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, False, True]
+
+
+def test_a_long_prompt_starts_it(scope, formed):
+    layer, many = adapted(), torch.randn(100, 6)
+    wanted = expected(copy.deepcopy(layer), many)
     formed.clear()
-    torch.testing.assert_close(generate(layer, many), expected(copy.deepcopy(layer), many))
+    torch.testing.assert_close(generate(layer, many), wanted)
+    generate(layer)
+    assert len(formed) == 1
 
 
-def test_it_is_bounded(monkeypatch, formed):
+def test_it_is_bounded(scope, monkeypatch, formed):
     monkeypatch.setattr(inference_cache, "max_bytes", 2 * 5 * 6 * 4)
     layers = [adapted() for _ in range(3)]
     for layer in [*layers, *layers]:
@@ -154,24 +236,7 @@ def test_it_is_bounded(monkeypatch, formed):
     assert inference_cache.nbytes == 0
 
 
-def test_it_goes_with_its_layer():
-    layer = adapted()
-    generate(layer)
-    del layer
-    gc.collect()
-    assert inference_cache.nbytes == 0
-
-
-def test_copies_have_none():
-    layer = adapted()
-    generate(layer)
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert inference_cache.nbytes == 5 * 6 * 4
-        assert torch.equal(generate(copied), generate(layer))
-        inference_cache.discard(copied)
-
-
-def test_under_autocast():
+def test_under_autocast(scope):
     layer = adapted()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = generate(layer)
@@ -180,68 +245,125 @@ def test_under_autocast():
     assert generate(layer).dtype == torch.float32  # formed anew, in float32
 
 
-def test_bfloat16():
+def test_bfloat16(scope):
     layer = adapted(torch.bfloat16)
     torch.testing.assert_close(generate(layer, X.bfloat16()), expected(copy.deepcopy(layer), X.bfloat16()))
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_a_transposed_weight(fan_in_fan_out):
+def test_a_transposed_weight(scope, fan_in_fan_out):
     layer = hira.Linear(
         nn.Linear(6, 6).requires_grad_(False), "a", HiraConfig(r=2, init_weights=False), fan_in_fan_out=fan_in_fan_out
     ).eval()
     torch.testing.assert_close(generate(layer), expected(copy.deepcopy(layer), X))
 
 
-def test_a_model_generates_as_without():
+def llama():
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
     )
-    model = get_peft_model(
-        LlamaForCausalLM(config), HiraConfig(r=4, target_modules="all-linear", init_weights=False)
-    ).eval()
+    return LlamaForCausalLM(config)
+
+
+CONFIG = HiraConfig(r=4, target_modules="all-linear", init_weights=False)
+
+
+def added():
+    model = llama()
+    model.add_adapter(CONFIG)
+    return model
+
+
+MODELS = {"PeftModel": lambda: get_peft_model(llama(), CONFIG), "add_adapter": added}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_model_keeps_weights_while_it_generates(make, formed, monkeypatch):
+    model = make().eval()
     ids = torch.randint(50, (1, 5))
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
-    kept = model.generate(input_ids=ids, **options)
-    assert inference_cache.nbytes == sum(
-        layer.get_base_layer().weight.nbytes for layer in model.modules() if isinstance(layer, hira.Linear)
-    )
-    inference_cache.clear()
-    size, inference_cache.max_bytes = inference_cache.max_bytes, 0
+    options["eos_token_id"] = None
+    seen = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            seen.append(inference_cache.nbytes)
+
+        def end(self):
+            pass
+
+    kept = model.generate(input_ids=ids, streamer=Streamer(), **options)
+    layers = [layer for layer in model.modules() if isinstance(layer, hira.Linear)]
+    assert seen[-1] == sum(layer.get_base_layer().weight.nbytes for layer in layers)
+    assert inference_cache.nbytes == 0
+    assert len(formed) == len(layers)  # once for each, in a call of 12 tokens
+    monkeypatch.setattr(inference_cache, "max_bytes", 0)
+    assert torch.equal(model.generate(input_ids=ids, **options), kept)
+    assert len(formed) == 13 * len(layers)
+
+
+def test_generate_is_as_it_was_once_hira_is_unregistered():
     try:
-        assert torch.equal(model.generate(input_ids=ids, **options), kept)
+        hira.unregister()
+        plain = GenerationMixin.generate
     finally:
-        inference_cache.max_bytes = size
+        hira.register()
+    assert GenerationMixin.generate.__wrapped__ is plain
 
 
-def test_merging_and_disabling_free_it():
+def test_threads_that_generate_at_once_stay_within_the_bound(monkeypatch):
+    """All form weights at the same time: each has to reckon with those that are not formed yet."""
+    threads, bound = 6, 4
+    monkeypatch.setattr(inference_cache, "max_bytes", bound * 5 * 6 * 4)
+    barrier, form, most = threading.Barrier(threads), modulate.form, []
+
+    def slow(*args, **options):
+        time.sleep(0.01)
+        weight = form(*args, **options)
+        most.append(inference_cache.nbytes)
+        return weight
+
+    monkeypatch.setattr(modulate, "form", slow)
+    layers = [adapted() for _ in range(threads)]
+    wanted = [expected(layer, X) for layer in layers]
+
+    def work(k):
+        with inference_cache.keep():
+            barrier.wait()
+            for _ in range(3):
+                for layer, y in zip(layers, wanted, strict=True):
+                    torch.testing.assert_close(generate(layer), y)
+            barrier.wait()
+            return sum(entry.weight.nbytes for entry in inference_cache._scope.entries.values())
+
+    with ThreadPoolExecutor(threads) as pool:
+        held = list(pool.map(work, range(threads)))
+    assert sum(held) == bound * 5 * 6 * 4 == max(most)
+
+
+def test_threads_see_each_others_changes():
+    """What a thread keeps is its own: another that begins later forms W' of the weights as they are then."""
     layer = adapted()
-    generate(layer)
-    layer.merge()
-    generate(layer)
-    assert inference_cache.nbytes == 0
-    layer.unmerge()
-    generate(layer)
-    assert inference_cache.nbytes > 0
-    layer.enable_adapters(False)
-    generate(layer)
-    assert inference_cache.nbytes == 0
+    with inference_cache.keep():
+        before = generate(layer)
+        layer.base_layer.weight.data.mul_(2)
+
+        def other():
+            with inference_cache.keep():
+                return generate(layer)
+
+        with ThreadPoolExecutor(1) as pool:
+            after = pool.submit(other).result()
+    torch.testing.assert_close(after, expected(layer, X))
+    assert not torch.allclose(before, after)
 
 
-def test_threads_may_generate_at_once():
-    layers = [adapted() for _ in range(40)]
-
-    def work(seed):
-        for k in range(200):
-            generate(layers[(7 * k + seed) % 40])
-            if k % 10 == 0:
-                inference_cache.discard(layers[(3 * k + seed) % 40])
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(6) as threads:
-            list(threads.map(work, range(6)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert inference_cache.nbytes <= 40 * 5 * 6 * 4
+def test_clearing_frees_what_all_threads_keep():
+    layer = adapted()
+    with inference_cache.keep():
+        generate(layer)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(inference_cache.clear).result()
+        assert inference_cache.nbytes == 0
+        generate(layer)
+        assert inference_cache.nbytes == 5 * 6 * 4

@@ -1,55 +1,40 @@
-"""W' of linear layers kept between the forwards of generation, where forming it would cost more than using it."""
+"""W' of linear layers, kept from token to token while a model generates: forming it would cost more than using it."""
 
 from __future__ import annotations
 
+import functools
 import threading
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-# Rows and columns at which a base weight is compared, one by one with those it had.
-_SAMPLE = 32
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class _Source:
-    """A tensor as it was: the object, its version and address, and numbers of it.
+class _Entry(NamedTuple):
+    """A kept weight, the tensors that it was formed from, their versions and addresses then, and the scales."""
 
-    What is written through ``.data``, as some optimisers and tests do, leaves no trace but in the numbers. Of A and B
-    all are compared, which is little beside a product with W'; of W0 a grid.
-    """
-
-    def __init__(self, tensor: Tensor, whole: bool) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._state = (tensor._version, tensor.data_ptr())
-        self._steps = [1 if whole else max(1, size // _SAMPLE) for size in tensor.shape]
-        self._numbers = self._part(tensor).clone()
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        return tensor.detach()[tuple(slice(None, None, step) for step in self._steps)]
-
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether it is this tensor, unchanged."""
-        return (
-            self._tensor() is tensor
-            and self._state == (tensor._version, tensor.data_ptr())
-            and torch.equal(self._numbers, self._part(tensor))
-        )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    sources: tuple[_Source, ...]
     weight: Tensor
+    sources: list[Tensor]
+    states: list[tuple[int, int]]
+    scales: Sequence[float]
+
+
+class _Scope(threading.local):
+    """What a thread keeps, by layer; None where it keeps nothing."""
+
+    entries: dict[Any, _Entry] | None = None
 
 
 class InferenceCache:
-    """Effective weights by layer, each valid as long as the tensors it was formed from are the same and unchanged.
+    """Effective weights by layer, kept while no weight changes: in a call of the model's `generate`, or within `keep`.
 
-    A layer on a CPU uses it in evaluation mode, with gradients off, for a few tokens at a time.
+    They are the thread's own and end with the call, so that the next one sees every change, however it was made.
+    Layers on a CPU use them, with gradients off.
 
     Args:
         max_bytes: the most that all kept weights may take. Layers that come when it is full form W' at each forward, as
@@ -58,53 +43,111 @@ class InferenceCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._lock = threading.RLock()  # a layer may be collected, and its entry with it, at any time
-        self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._scope = _Scope()
+        self._open: list[dict[Any, _Entry]] = []
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all kept weights."""
+        """The bytes of all kept weights, those being formed included."""
+        return self._nbytes
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights are kept here: in this thread, in `generate` or `keep`."""
+        return self._scope.entries is not None
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep weights from forward to forward, for a loop of one's own that generates, and free them after it.
+
+        Changes in place are noticed, and so are other tensors in a weight's place. What is written through ``.data`` or
+        by way of NumPy meanwhile need not be.
+        """
+        if self.keeps:
+            yield
+            return
+        entries = self._scope.entries = {}
         with self._lock:
-            return sum(entry.weight.nbytes for entry in self._entries.values())
+            self._open.append(entries)
+        try:
+            yield
+        finally:
+            self._scope.entries = None
+            with self._lock:
+                self._open = [other for other in self._open if other is not entries]
+                self._empty(entries)
+
+    def during(self, function: Callable[P, R]) -> Callable[P, R]:
+        """A function that does what another does, within `keep`."""
+
+        @functools.wraps(function)
+        def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.keep():
+                return function(*args, **kwargs)
+
+        return keeping
 
     def clear(self) -> None:
-        """Free all kept weights."""
+        """Free all kept weights, those of other threads too."""
         with self._lock:
-            self._entries.clear()
+            for entries in self._open:
+                self._empty(entries)
 
-    def discard(self, layer: Any) -> None:
-        """Free the weight of a layer, if one is kept."""
-        with self._lock:
-            self._entries.pop(layer, None)
+    def _empty(self, entries: dict[Any, _Entry]) -> None:
+        self._nbytes -= sum(entry.weight.nbytes for entry in entries.values())
+        entries.clear()
 
-    def get(self, layer: Any, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        """The weight of a layer if it was formed from these sources, as they are now, in this dtype."""
-        with self._lock:
-            entry = self._entries.get(layer)
+    def get(self, layer: Any, sources: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor | None:
+        """The weight of a layer if it was formed from these sources, as they are now, with these scales, in dtype."""
+        entry = (self._scope.entries or {}).get(layer)
         if entry is None or entry.weight.dtype != dtype or len(entry.sources) != len(sources):
             return None
-        same = all(kept.is_still(source) for kept, source in zip(entry.sources, sources, strict=True))
-        return entry.weight if same else None
+        same = all(kept is source for kept, source in zip(entry.sources, sources, strict=True))
+        return entry.weight if same and entry.scales == scales and entry.states == _states(sources) else None
 
     def put(
-        self, layer: Any, sources: Sequence[Tensor], dtype: torch.dtype, form: Callable[[], Tensor]
+        self,
+        layer: Any,
+        sources: Sequence[Tensor],
+        scales: Sequence[float],
+        dtype: torch.dtype,
+        form: Callable[[], Tensor],
     ) -> Tensor | None:
-        """Form and keep the weight of a layer in place of one kept before; None if there is no room.
+        """Form and keep the weight of a layer in place of one kept before; None if there is no room, or no scope.
 
         Args:
             layer: the layer.
             sources: the tensors that it is formed from, the base weight first.
+            scales: the numbers that it is formed with.
             dtype: its dtype.
             form: forms it.
         """
-        self.discard(layer)
-        if self.nbytes + sources[0].numel() * dtype.itemsize > self.max_bytes:
+        entries = self._scope.entries
+        if entries is None:
             return None
-        weight = form()
-        states = tuple(_Source(source, whole=position > 0) for position, source in enumerate(sources))
+        size = sources[0].numel() * dtype.itemsize
         with self._lock:
-            self._entries[layer] = _Entry(states, weight)
+            replaced = entries.pop(layer, None)
+            self._nbytes -= 0 if replaced is None else replaced.weight.nbytes
+            if self._nbytes + size > self.max_bytes:
+                return None
+            self._nbytes += size  # before it is formed, as other threads may be at the same
+        states = _states(sources)
+        try:
+            weight = form()
+        except BaseException:
+            with self._lock:
+                self._nbytes -= size
+            raise
+        with self._lock:
+            entries[layer] = _Entry(weight, list(sources), states, scales)
         return weight
+
+
+def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(source._version, source.data_ptr()) for source in sources]
 
 
 inference_cache = InferenceCache(max_bytes=2 << 30)

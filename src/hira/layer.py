@@ -64,8 +64,6 @@ class Linear(HiraLayer):
             self.storage_type = Transposed
         self.fan_in_fan_out = fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
-        # the scales of the adapters in the weight that is kept for generation
-        self._kept_scales: list[float] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config.r if r is None else r, config=config)
 
@@ -98,18 +96,9 @@ class Linear(HiraLayer):
         )
         return y if dtype is None else y.to(x.dtype)
 
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            inference_cache.discard(self)
-        return super().train(mode)
-
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
-            inference_cache.discard(self)  # merged or disabled, it has no use
-        return super()._base_output(x, *args, **kwargs)
-
     def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        weight = None if args or kwargs else self._kept_weight(x, names)
+        keeps = not torch.compiler.is_compiling() and inference_cache.keeps
+        weight = self._kept_weight(x, names) if keeps and self._is_one_product(names, args, kwargs) else None
         if weight is None:
             return super()._active(x, names, *args, **kwargs)
         bias = self.storage.bias
@@ -117,13 +106,8 @@ class Linear(HiraLayer):
 
     def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() or self.training:
-            inference_cache.discard(self)
-            return None
         storage = self.storage
-        if not names or not self._is_plain() or spread(storage.layer) or storage.dequantize is not None:
+        if torch.is_grad_enabled() or paths.plain() or spread(storage.layer) or storage.dequantize is not None:
             return None
         sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = modulate.product_dtype(x, sources[0].dtype)
@@ -133,21 +117,19 @@ class Linear(HiraLayer):
             or any(source.is_inference() or not is_concrete(source) for source in sources)
         ):
             return None
-        scales = [self.scaling[name] for name in names]
-        if scales != self._kept_scales:
-            inference_cache.discard(self)
-            self._kept_scales = scales
-        weight = inference_cache.get(self, sources, dtype)
+        scales = [self._scale(name) for name in names]
+        weight = inference_cache.get(self, sources, scales, dtype)
         if weight is None and paths.keeps_weight(x):
             A, B = self._factors(names)
             form = partial(modulate.form, storage.kept(), A, B, dtype)
-            weight = inference_cache.put(self, sources, dtype, form)
+            weight = inference_cache.put(self, sources, scales, dtype, form)
         return weight
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
         single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
-        if args or kwargs or len(single) < 2 or not self._is_plain() or self.storage.dequantize is not None:
+        single = [name for name in single if self._is_one_product([name], args, kwargs)]
+        if len(single) < 2 or self.storage.dequantize is not None:
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
         factors = [self._factors([name]) for name in single]

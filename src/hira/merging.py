@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from hira.errors import HiraError
+from hira.ops import paths
 from hira.substitution import exclusive
-from hira.weights import Storage
+from hira.weights import DENSE_DTYPES, Storage
 
 
 class _Record(NamedTuple):
@@ -22,6 +23,8 @@ class _Record(NamedTuple):
     original: Any
     written: Any
     version: int
+    kind: tuple[torch.dtype, torch.device]
+    fingerprint: int
 
 
 class MergeableLayer(BaseTunerLayer):
@@ -73,7 +76,7 @@ class MergeableLayer(BaseTunerLayer):
             return active
         if all(name in self.merged_adapters for name in active):
             return []
-        self._settle()  # which forgets the merge if the base weight was replaced
+        self._settle(by_value=False)  # which forgets the merge if the base weight was replaced
         return [*self.merged_adapters, *(name for name in active if name not in self.merged_adapters)]
 
     def keep_original(self) -> None:
@@ -81,7 +84,7 @@ class MergeableLayer(BaseTunerLayer):
         if self._record is None:
             original = self.storage.snapshot()
             self._write_merged([], original)
-            self._record = _Record(original, *self.storage.identity())
+            self._record = self._recorded(original)
 
     def _read_original(self) -> Tensor:
         """W0, dense, whether adapters are merged or not."""
@@ -111,7 +114,7 @@ class MergeableLayer(BaseTunerLayer):
             self.check_merge(names)
         original = self._record.original if self._record else self.storage.snapshot()
         self._write_merged([*self.merged_adapters, *names], original)
-        self._record = _Record(original, *self.storage.identity())
+        self._record = self._recorded(original)
         self.merged_adapters.extend(names)
         self.merged_scaling.update({name: self.scaling[name] for name in names})
 
@@ -128,7 +131,7 @@ class MergeableLayer(BaseTunerLayer):
     @contextmanager
     def holding_W0(self) -> Iterator[None]:
         """Have the base layer hold W0 in the body, merged or not, as a checkpoint that has A and B has to."""
-        self._settle()
+        self._settle(by_value=False)
         record = self._record
         if record is None:
             yield
@@ -141,7 +144,8 @@ class MergeableLayer(BaseTunerLayer):
                 yield
             finally:
                 storage.restore(merged)
-                self._record = _Record(record.original, *storage.identity())
+                written, version = storage.identity()
+                self._record = record._replace(written=written, version=version)
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise a HiraError if merging some adapters would give a weight that is not finite; changes no weight."""
@@ -197,26 +201,33 @@ class MergeableLayer(BaseTunerLayer):
             storage.restore(present)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _settle(self) -> None:
+    def _settle(self, *, by_value: bool = True) -> None:
         """Find out whether the base weight was replaced while merged: W0, as a state dict has it, is merged into again.
 
-        Another weight is the new W0, and nothing is merged.
+        Another weight is the new W0, and nothing is merged. What is written through ``.data`` is seen by value alone.
         """
         self.storage.check_here()
         record = self._record
         if record is None:
             return
-        written, version = self.storage.identity()
+        storage = self.storage
+        written, version = storage.identity()
         if written is record.written and version == record.version:
-            return
-        storage, present = self.storage, self.storage.snapshot()
-        found = storage.read()
+            # another tuner adds to what was written
+            if not by_value or self.others_merged or isinstance(self.base_layer, BaseTunerLayer):
+                return
+            weight = storage.read()
+            if _kind(weight) != record.kind or _fingerprint(weight) == record.fingerprint:
+                return
+        present, found = storage.snapshot(), storage.read()
         storage.restore(record.original)
         is_original = torch.equal(storage.read(), found)
         storage.restore(present)
         self._write_merged(self.merged_adapters, record.original)
-        if is_original or torch.equal(storage.read(), found):
-            self._record = _Record(record.original, *storage.identity())
+        written = storage.read()
+        # what was written may have been cast back and forth since
+        if is_original or any(torch.equal(written.to(dtype).to(found.dtype), found) for dtype in DENSE_DTYPES):
+            self._record = self._recorded(record.original)
         else:
             storage.restore(present)
             warnings.warn(
@@ -225,6 +236,10 @@ class MergeableLayer(BaseTunerLayer):
                 stacklevel=3,
             )
             self._forget_merge()
+
+    def _recorded(self, original: Any) -> _Record:
+        weight = self.storage.read()
+        return _Record(original, *self.storage.identity(), _kind(weight), _fingerprint(weight))
 
     def _forget_merge(self) -> None:
         self._record = None
@@ -236,3 +251,29 @@ class MergeableLayer(BaseTunerLayer):
 def _settle_after_loading(layer: MergeableLayer, _: Any) -> None:
     if layer.merged:
         layer._settle()
+
+
+def _kind(weight: Tensor) -> tuple[torch.dtype, torch.device]:
+    return weight.dtype, weight.device
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def _fingerprint(weight: Tensor) -> int:
+    """A 64-bit hash of a weight's bits, which a change of a single entry always changes."""
+    matrix = weight.detach().reshape(len(weight), -1)
+    rows, columns = (_odd_numbers(n, weight.device) for n in matrix.shape)
+    total = rows.new_zeros(())
+    for chunk in paths.chunks(matrix):
+        bits = matrix[chunk].contiguous().view(_BITS[matrix.element_size()]).long()
+        total += ((bits * columns).sum(1) * rows[chunk]).sum()
+    return int(total)
+
+
+def _odd_numbers(n: int, device: torch.device) -> Tensor:
+    """As many different ones, spread over 64 bits."""
+    numbers = torch.arange(1, n + 1, device=device) * -0x61C8864680B583EB
+    numbers ^= numbers >> 29
+    return numbers * -0x40A7B892E31B1A47 | 1

@@ -30,6 +30,7 @@ import peft.utils.save_and_load
 from huggingface_hub import ModelCard
 from peft.utils import PeftType
 from torch import nn
+from transformers import GenerationMixin
 
 import hira.bnb
 import hira.config
@@ -37,6 +38,7 @@ import hira.dispatch
 import hira.layer
 import hira.model
 from hira.config import HiraConfig
+from hira.inference_cache import inference_cache
 from hira.layer import HiraLayer
 from hira.mixed import HiraMixedModel
 from hira.model import HiraModel
@@ -132,6 +134,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
 
     yield peft.PeftModel, "add_adapter", _copying_for_trl(peft.PeftModel.add_adapter)
     yield peft.PeftModel, "create_or_update_model_card", _naming_hira(peft.PeftModel.create_or_update_model_card)
+    yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
+
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
         yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])

@@ -213,10 +213,13 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             offload.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
 
+    def _scale(self, name: str) -> float:
+        return self.merged_scaling.get(name, self.scaling[name])
+
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
         A, B = (self._factor(factors, name) for factors in self._factor_dicts)
-        scale = self.merged_scaling.get(name, self.scaling[name])
+        scale = self._scale(name)
         return (A, B) if scale == 1 else (A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -375,7 +378,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         y: Tensor
         base, given = self.get_base_layer(), x.device
         if offload.is_hooked(base):
-            self._settle()  # whoever offloads a model may have made the hook's values of a state dict
+            self._settle(by_value=False)  # whoever offloads a model may have made the hook's values of a state dict
             x = offload.place(x, base)
         if adapter_names is not None and not self.disable_adapters:
             y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
@@ -480,6 +483,11 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def _drops(self, name: str) -> bool:
         dropout = self.hira_dropout[name]
         return dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+    def _is_one_product(self, names: list[str], args: Any, kwargs: Any) -> bool:
+        """Whether the output under some adapters is that of the plain forward with W', and nothing else."""
+        plain = not (args or kwargs or self._runs_inside()) and self._is_plain()
+        return plain and bool(names) and not any(self._drops(name) for name in names)
 
     def _is_plain(self, base: nn.Module | None = None) -> bool:
         """Whether a layer, the one inside by default, does no more than the forward of its type."""

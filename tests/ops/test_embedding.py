@@ -143,13 +143,6 @@ def test_gradients_only_for_what_needs_them(wanted):
     torch.testing.assert_close(alone[wanted].grad, expected, **EXACT)
 
 
-def test_second_derivatives_are_refused():
-    every = tensors()
-    dA, dB = torch.autograd.grad(ours()(*every).square().sum(), every[1:], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        (dA.sum() + dB.sum()).backward()
-
-
 # ---- the options of F.embedding
 
 

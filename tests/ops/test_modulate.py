@@ -268,13 +268,6 @@ def test_the_gradient_handed_in_is_not_overwritten():
     assert torch.equal(G, kept)
 
 
-def test_second_derivative_is_refused():
-    W0, A, B = (t.requires_grad_() for t in weights(4, 3, 1))
-    (dA,) = torch.autograd.grad(modulated_weight(W0, A, B).square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        dA.sum().backward()
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_gives_the_same_bits(autocast):
     torch._dynamo.reset()

@@ -8,9 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.ops.derivative import first_derivative_only
-from hira.ops.modulate import cast_as_autocast, form, no_autocast, product_dtype, pull_back, weight_gradient
-from hira.ops.workspace import formation_dtype
+from hira.ops import paths
+from hira.ops.modulate import (
+    cast_as_autocast,
+    factor_gradients,
+    form,
+    no_autocast,
+    plain_weight,
+    product_dtype,
+    weight_gradient,
+)
 
 
 class Geometry(NamedTuple):
@@ -56,8 +63,8 @@ def conv(
     Returns:
         (batch, out, *spatial') or (out, *spatial'), in the dtype that the plain convolution gives, autocast included.
 
-    Cost: one convolution forward and two backward. Kept for backward: x, W0, A and B. Temporaries: W' forward and G
-    backward, whole, each freed before the function returns; a convolution is not split over its output channels,
+    Cost: one convolution forward and two backward. Kept for backward: x, W0, A and B. Temporaries: W' forward, G and
+    G * W0 backward, whole, each freed before the function returns; a convolution is not split over its output channels,
     because each part would lay the input out anew.
 
     Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
@@ -67,36 +74,30 @@ def conv(
     bias = bias if bias is None else bias.to(dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     unbatched = x.dim() == W0.dim() - 1
-    y: Tensor = _Conv.apply(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only, dequantize)
+    function = _convolve if paths.plain() else _Conv.apply
+    y: Tensor = function(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only, dequantize)
     return y.squeeze(0) if unbatched else y
 
 
+def _convolve(
+    x: Tensor,
+    W0: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    update_only: bool,
+    dequantize: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    W0 = W0 if dequantize is None else dequantize(W0)
+    weight = form_kernel(W0, A, B, x.dtype, update_only, plain=paths.plain())
+    stride, padding, dilation, groups = geometry
+    with no_autocast(x.device):
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
 class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        W0: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        update_only: bool,
-        dequantize: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        W0 = W0 if dequantize is None else dequantize(W0)
-        weight = form_kernel(W0, A, B, x.dtype, update_only)
-        with no_autocast(x.device):
-            return torch.convolution(
-                x,
-                weight,
-                bias,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                False,
-                (0,) * len(geometry.stride),
-                geometry.groups,
-            )
+    forward = staticmethod(_convolve)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,13 +106,12 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x, W0, A, B)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W0, A, B = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = W0 if ctx.dequantize is None else ctx.dequantize(W0)
-        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only)
+        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only, plain=paths.plain_backward(dy))
         dW0 = dA = dB = None
         with no_autocast(dy.device):
             dx, G, dbias = torch.ops.aten.convolution_backward(
@@ -127,22 +127,29 @@ class _Conv(torch.autograd.Function):
                 geometry.groups,
                 (need_x, need_W0 or need_A or need_B, need_bias),
             )
-            dtype = formation_dtype(W0.dtype)
-            W0_, A_, B_ = W0.flatten(1), A.flatten(1).to(dtype), B.flatten(1).to(dtype)
+            W0_, A_, B_ = W0.flatten(1), A.flatten(1), B.flatten(1)
+            G = G.reshape(W0_.shape) if need_W0 or need_A or need_B else G
             if need_W0:
-                dW0 = weight_gradient(G.flatten(1), W0_, A_, B_, update_only=ctx.update_only).view_as(W0)
+                dW0 = weight_gradient(G, W0_, A_, B_, update_only=ctx.update_only).view_as(W0)
             if need_A or need_B:
-                dA = torch.zeros_like(A_)
-                dB = pull_back(G.flatten(1).to(dtype), W0_, A_, B_, dA).to(B.dtype).view(B.shape)
-                dA = dA.to(A.dtype).view(A.shape)
+                dA, dB = factor_gradients(G, W0_, A_, B_)
+                dA, dB = dA.view(A.shape), dB.view(B.shape)
         return dx, dW0, dA, dB, dbias, None, None, None
 
 
-def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False) -> Tensor:
-    """Form W' of W0 (out, in / groups, *kernel) over flattened kernels, rounded once to ``dtype``."""
+def form_kernel(
+    W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool = False, *, plain: bool = False
+) -> Tensor:
+    """Form W' of W0 (out, in / groups, *kernel) over flattened kernels, rounded once; tracked if `plain`."""
+    if plain:
+        return plain_weight(W0.flatten(1), A.flatten(1), B.flatten(1), dtype, update_only=update_only).view(W0.shape)
     if torch.compiler.is_compiling():
         weight: Tensor = torch.ops.hira.form_kernel(W0, A, B, dtype, update_only)
         return weight
+    return _form_kernel(W0, A, B, dtype, update_only)
+
+
+def _form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_only: bool) -> Tensor:
     return form(W0.flatten(1), A.flatten(1), B.flatten(1), dtype, update_only=update_only).view(W0.shape)
 
 
@@ -150,7 +157,7 @@ def form_kernel(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, update_onl
 # that it reads would make Dynamo start over with the trace of the backward, and leave autocast off (torch 2.13).
 torch.library.custom_op(
     "hira::form_kernel",
-    form_kernel,
+    _form_kernel,
     mutates_args=(),
     schema="(Tensor W0, Tensor A, Tensor B, ScalarType dtype, bool update_only) -> Tensor",
 ).register_fake(lambda W0, A, B, dtype, update_only: torch.empty_like(W0.flatten(1), dtype=dtype).view(W0.shape))

@@ -59,6 +59,28 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
     return out
 
 
+def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
+    """What `round_into` gives, by plain operations; derivatives are those of a cast.
+
+    Args:
+        exact: (m, n), float32.
+        dtype: bfloat16 or float16.
+        noise: the hashes of the rows' and columns' numbers.
+
+    Returns:
+        (m, n), of dtype.
+    """
+    fixed, limits = exact.detach(), torch.finfo(dtype)
+    added = noise.rows[:, None] * noise.columns
+    if dtype == torch.float16:
+        added = (added >> 3) | 1
+    size = fixed.abs()
+    noisy = (fixed.view(torch.int32) + added).view(torch.float32).to(dtype).to(torch.float32)
+    # the difference is a number of float32: both are of one size
+    step = torch.where((size >= limits.tiny) & (size <= limits.max), noisy - fixed, 0)
+    return (exact + step).to(dtype)
+
+
 def _can_look(tensor: Tensor) -> bool:
     """Whether values can be looked at: there are some, and no device has to be waited for."""
     return tensor.device.type == "cpu" and tensor.numel() > 0 and is_concrete(tensor)
@@ -80,7 +102,7 @@ _vectors: dict[tuple[torch.device, int], Tensor] = {}
 
 def _hashes(W0: Tensor, dim: int, salt: int) -> Tensor:
     length = W0.shape[dim]
-    if not is_concrete(W0):
+    if not is_concrete(W0) or paths.plain():
         return hashes(torch.arange(length, device=W0.device), salt)
     vector = _vectors.get((W0.device, salt))
     if vector is None or len(vector) < length:

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hira.ops import paths
-from hira.ops.derivative import first_derivative_only
-from hira.ops.dither import Noise, noise_of, round_into
+from hira.ops.dither import Noise, noise_of, round_into, rounded
 from hira.ops.modulate import no_autocast
 from hira.ops.workspace import formation_dtype
 
@@ -56,14 +55,20 @@ def embedding(
     """
     dtype = formation_dtype(W0.dtype)
     flat = ids.flatten()
-    rows = F.embedding(flat, W0, sparse=sparse)
-    columns: Tensor = _Columns.apply(flat, A, sparse)
+    plain = paths.plain()
+    rows = F.embedding(flat, W0, sparse=sparse and not plain)
+    columns: Tensor = A.index_select(1, flat).t() if plain else _Columns.apply(flat, A, sparse)
     if keep is not None:
         columns = columns * keep.reshape(-1, 1).to(columns.dtype)
     noise = noise_of(W0) if paths.dithers(W0.dtype, W0.dtype) and not update_only else None
     noise = noise and Noise(noise.rows[flat], noise.columns)
     share = _gradient_share(flat, padding_idx, scale_grad_by_freq, dtype)
-    y: Tensor = _Rows.apply(rows, columns, B, noise, share, update_only)
+    y: Tensor
+    if plain:
+        y = _modulated(rows, columns, B, noise, update_only)
+        y = y if share is None else _sharing(y, share.unsqueeze(1))
+    else:
+        y = _Rows.apply(rows, columns, B, noise, share, update_only)
     y = y.view(*ids.shape, W0.shape[1])
     return y if max_norm is None else bound_norm(y, max_norm, norm_type)
 
@@ -81,10 +86,7 @@ class _Rows(torch.autograd.Function):
     def forward(
         rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, share: Tensor | None, update_only: bool
     ) -> Tensor:
-        exact = _modulation(rows, columns, B, update_only).mul_(rows)
-        if noise is None:
-            return exact.to(rows.dtype)
-        return round_into(torch.empty_like(rows), exact, noise.rows, noise.columns)
+        return _modulated(rows, columns, B, noise, update_only)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,7 +94,6 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(rows, columns, B, share)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, B, share = ctx.saved_tensors
         need_rows, need_columns, need_B, *_ = ctx.needs_input_grad
@@ -101,7 +102,7 @@ class _Rows(torch.autograd.Function):
             dy = (dy * share.to(dy.dtype)).masked_fill(share == 0, 0)
         drows = dcolumns = dB = None
         if need_rows:
-            drows = _modulation(rows, columns, B, ctx.update_only).mul_(dy).to(rows.dtype)
+            drows = (_modulation(rows, columns, B, ctx.update_only) * dy).to(rows.dtype)
         with no_autocast(dy.device):
             G = rows.to(formation_dtype(rows.dtype)) * dy
             if need_columns:
@@ -109,6 +110,21 @@ class _Rows(torch.autograd.Function):
             if need_B:
                 dB = torch.mm(G.t(), columns.to(G.dtype)).to(B.dtype)
         return drows, dcolumns, dB, None, None, None
+
+
+def _modulated(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, update_only: bool) -> Tensor:
+    exact = _modulation(rows, columns, B, update_only) * rows
+    if noise is None:
+        return exact.to(rows.dtype)
+    if paths.plain():
+        return rounded(exact, rows.dtype, noise)
+    return round_into(torch.empty_like(rows), exact, noise.rows, noise.columns)
+
+
+def _sharing(y: Tensor, share: Tensor) -> Tensor:
+    """y, with a factor on its gradient."""
+    fixed = y.detach()
+    return fixed + torch.where(fixed.isfinite(), (y - fixed) * share.to(y.dtype), 0)
 
 
 def _modulation(rows: Tensor, columns: Tensor, B: Tensor, update_only: bool) -> Tensor:
@@ -136,11 +152,12 @@ class _Columns(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
         if not ctx.sparse:
-            return None, dcolumns.new_zeros(ctx.shape).index_add_(1, ids, dcolumns.t()), None
+            zeros = dcolumns.new_zeros(ctx.shape)
+            add = zeros.index_add if paths.plain_backward(dcolumns) else zeros.index_add_
+            return None, add(1, ids, dcolumns.t()), None
         r = ctx.shape[0]
         factors = torch.arange(r, device=ids.device).repeat_interleave(ids.numel())
         at = torch.stack([factors, ids.long().repeat(r)])

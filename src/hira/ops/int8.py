@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,32 +41,44 @@ def quantize(x: Tensor) -> Codes:
     return Codes(codes, largest / 127)
 
 
-class _Memory(threading.local):
-    """The last tensor that was quantised: the layers behind one input, such as q, k and v, share its codes."""
+class _Last(threading.local):
+    """The codes of the last input: the layers behind one, such as q, k and v, keep them for backward together."""
 
-    def __init__(self) -> None:
-        self.source: weakref.ref[Tensor] | None = None
-        self.version = -1
-        self.codes: Codes | None = None
-
-    def forget(self, source: object) -> None:
-        if self.source is source:
-            self.source = self.codes = None
+    codes: list[weakref.ref[Tensor]] | None = None
 
 
-_memory = _Memory()
+_last = _Last()
 
 
-def quantize_once(x: Tensor) -> Codes:
-    """`quantize` of x (..., n) over its last dimension, or the same codes again for the tensor it saw last."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    if not is_concrete(x) or x.is_inference():
-        return quantize(flat)
-    if _memory.source is None or _memory.source() is not x or _memory.version != x._version or _memory.codes is None:
-        codes = quantize(flat)
-        _memory.source, _memory.version, _memory.codes = weakref.ref(x, _memory.forget), x._version, codes
+def quantize_shared(x: Tensor) -> Codes:
+    """`quantize` of x (..., n) over its last dimension; on a CPU, the tensors of the call before where they are equal.
+
+    They are compared by value. What is shared is memory: every call quantises.
+    """
+    codes = quantize(x.detach().reshape(-1, x.shape[-1]))
+    if not is_concrete(codes.codes) or x.device.type != "cpu":  # elsewhere the comparison would wait for the device
         return codes
-    return _memory.codes
+    before = [part for reference in _last.codes or () if (part := reference()) is not None]
+    if len(before) == len(codes) and all(map(torch.equal, before, codes)):
+        return Codes(*before)
+    _last.codes = [weakref.ref(part) for part in codes]
+    return codes
+
+
+class Link(torch.autograd.Function):
+    """Zeros of x's shape in the memory of one number, whose gradient is x's: they keep x's place without its values."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        return gradient
 
 
 def product(dy: Tensor, x: Tensor, out: Tensor, integers: Tensor) -> Tensor:

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hira.ops import paths
-from hira.ops.derivative import first_derivative_only
-from hira.ops.int8 import product, quantize, quantize_once
+from hira.ops.int8 import Link, product, quantize, quantize_shared
 from hira.ops.modulate import (
     block,
     cast_as_autocast,
     column_blocks,
+    factor_gradients,
     modulation,
     no_autocast,
+    plain_weight,
     product_dtype,
     pull_back,
     row_blocks,
@@ -66,12 +68,16 @@ def linear(
     Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
-    flat = cast_as_autocast(x, dtype).reshape(-1, x.shape[-1])
     bias = bias if bias is None else bias.to(dtype)
+    if paths.plain():
+        W0 = weight if dequantize is None else dequantize(weight)
+        return F.linear(cast_as_autocast(x, dtype), plain_weight(W0, A, B, dtype, update_only=update_only), bias)
+    flat = cast_as_autocast(x, dtype).reshape(-1, x.shape[-1])
     wanted = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
     rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and paths.int8(x, B.shape[0])
-    codes, scale = quantize_once(x) if rounded else (None, None)
-    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale)
+    codes, scale = quantize_shared(x) if rounded else (None, None)
+    link = Link.apply(flat) if rounded and flat.requires_grad else None
+    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale, link)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -87,6 +93,7 @@ class _Linear(torch.autograd.Function):
         dequantize: Dequantize | None,
         codes: Tensor | None,
         scale: Tensor | None,
+        link: Tensor | None,
     ) -> Tensor:
         W0 = weight if dequantize is None else dequantize(weight)
         function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
@@ -95,32 +102,44 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, _, ctx.update_only, ctx.dequantize, codes, scale = inputs
+        x, weight, A, B, _, ctx.update_only, ctx.dequantize, codes, scale, link = inputs
         if codes is not None:
             x = codes
         elif not any(ctx.needs_input_grad[1:4]):
             x = None
-        ctx.save_for_backward(x, weight, A, B, scale)
+        ctx.save_for_backward(x, weight, A, B, scale, link)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, scale = ctx.saved_tensors
+        x, weight, A, B, scale, link = ctx.saved_tensors
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = weight if ctx.dequantize is None else ctx.dequantize(weight)
-        compiling = torch.compiler.is_compiling()
         dx = dW0 = dA = dB = None
+        if paths.plain_backward(dy):
+            with no_autocast(dy.device):
+                if need_x:
+                    dx = torch.mm(dy, plain_weight(W0, A, B, dy.dtype, update_only=ctx.update_only))
+                if scale is not None:
+                    x = (x * scale).to(dy.dtype)
+                    x = x if link is None else x + link
+                G = torch.mm(dy.t(), x) if need_W0 or need_A or need_B else None
+                if G is not None and (need_A or need_B):
+                    dA, dB = factor_gradients(G, W0, A, B)
+                if G is not None and need_W0:
+                    dW0 = weight_gradient(G, W0, A, B, update_only=ctx.update_only)
+            return dx, dW0, dA, dB, dy.sum(0) if need_bias else None, None, None, None, None, None
+        compiling = torch.compiler.is_compiling()
         if need_x:
             input_gradient = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
             dx = input_gradient(dy, W0, A, B, ctx.update_only)
         if need_A or need_B:
-            factor_gradients = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
-            dA, dB = factor_gradients(dy, x, W0, A, B, scale)
+            reduced = torch.ops.hira.linear_factor_gradients if compiling else linear_factor_gradients
+            dA, dB = reduced(dy, x, W0, A, B, scale)
         if need_W0:
             with no_autocast(dy.device):
                 dW0 = weight_gradient(torch.mm(dy.t(), x), W0, A, B, update_only=ctx.update_only)
         dbias = dy.sum(0) if need_bias else None
-        return dx, dW0, dA, dB, dbias, None, None, None, None
+        return dx, dW0, dA, dB, dbias, None, None, None, None, None
 
 
 def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hira.ops import paths
-from hira.ops.derivative import first_derivative_only
-from hira.ops.dither import Noise, noise_of, round_into
+from hira.ops.dither import Noise, noise_of, round_into, rounded
 from hira.ops.workspace import Workspace, formation_dtype
 
 
@@ -59,11 +58,13 @@ def modulation(
     A, B = A.to(formation), B.to(formation)
     dither = paths.dithers(W0.dtype, dtype) if dither is None else dither
     noise = noise_of(W0) if dither and not update_only else None
-    if update_only or paths.triton(W0):
-        return Modulation(A, B, noise, update_only)
-    A = torch.cat([A, A.new_ones(1, A.shape[1])])
-    B = torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1)
+    if not (update_only or paths.triton(W0)):
+        A, B = _with_ones(A, B)
     return Modulation(A, B, noise, update_only)
+
+
+def _with_ones(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat([A, A.new_ones(1, A.shape[1])]), torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1)
 
 
 def row_blocks(W0: Tensor) -> Iterator[slice]:
@@ -137,8 +138,26 @@ def modulated_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None
 
     Source: HiRA (ICLR 2025), equation 5.
     """
-    weight: Tensor = _ModulatedWeight.apply(W0, A, B, W0.dtype if dtype is None else dtype)
+    dtype = W0.dtype if dtype is None else dtype
+    weight: Tensor = plain_weight(W0, A, B, dtype) if paths.plain() else _ModulatedWeight.apply(W0, A, B, dtype)
     return weight
+
+
+def plain_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = False) -> Tensor:
+    """``W0 * (1 + BA)``, or ``W0 * BA``, by plain operations that autograd, transforms and tracers see through.
+
+    The numbers are those of `form`. Kept for backward are several tensors of the weight's size.
+    """
+    formation = formation_dtype(W0.dtype)
+    with no_autocast(W0.device):
+        A, B = A.to(formation), B.to(formation)
+        if not update_only:
+            A, B = _with_ones(A, B)
+        parts = [torch.mm(B[rows], A) for rows in row_blocks(W0)]
+        exact = (parts[0] if len(parts) == 1 else torch.cat(parts)) * W0
+        if paths.dithers(W0.dtype, dtype) and not update_only:
+            return rounded(exact, dtype, noise_of(W0))
+        return exact.to(dtype)
 
 
 def form(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = False) -> Tensor:
@@ -162,13 +181,18 @@ def pull_back(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, dA: Tensor) -> Tensor
     return torch.mm(G, A.t())
 
 
+def factor_gradients(G: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """dA and dB of the whole gradient G of W', in the dtypes of A and B, by plain operations."""
+    dtype = formation_dtype(W0.dtype)
+    G = G.to(dtype) * W0
+    return torch.mm(B.to(dtype).t(), G).to(A.dtype), torch.mm(G, A.to(dtype).t()).to(B.dtype)
+
+
 def weight_gradient(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, *, update_only: bool = False) -> Tensor:
     """The gradient of W0 itself, for a base layer that trains too: ``G * (1 + BA)``, or ``G * BA``."""
     dtype = formation_dtype(W0.dtype)
     factor = torch.mm(B.to(dtype), A.to(dtype))
-    if not update_only:
-        factor += 1
-    return factor.mul_(G).to(W0.dtype)
+    return ((factor if update_only else factor + 1) * G).to(W0.dtype)
 
 
 class _ModulatedWeight(torch.autograd.Function):
@@ -181,12 +205,8 @@ class _ModulatedWeight(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         W0, A, B = ctx.saved_tensors
         with no_autocast(W0.device):
-            dtype = formation_dtype(W0.dtype)
             dW0 = weight_gradient(G, W0, A, B) if ctx.needs_input_grad[0] else None
-            dA = torch.zeros_like(A, dtype=dtype)
-            dB = pull_back(G.to(dtype, copy=True), W0, A.to(dtype), B.to(dtype), dA)
-        return dW0, dA.to(A.dtype), dB.to(B.dtype), None
+            return dW0, *factor_gradients(G, W0, A, B), None

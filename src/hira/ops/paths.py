@@ -6,11 +6,12 @@ The measurements behind the numbers are in docs/architecture.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Entries of one block of W'. On a CPU 16 MiB of float32: products over less than that run slower. Elsewhere launches
 # cost more than memory traffic, so blocks are larger.
@@ -22,8 +23,6 @@ CPU_CHUNK_ENTRIES = 1 << 18
 # Numbers of tokens for which W' x^T is faster on a CPU than x W'^T, though y is then transposed.
 TRANSPOSED_TOKENS = range(8, 33)
 
-# Up to so many tokens, forming W' takes longer than its product: then generation keeps it from token to token.
-FEW_TOKENS = 32
 # The most tokens that the Triton kernel for decoding takes.
 DECODED_TOKENS = 16
 
@@ -33,6 +32,32 @@ TRITON = os.environ.get("HIRA_TRITON") == "1"
 
 HALF = (torch.bfloat16, torch.float16)
 DITHER = True
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+_is_transformed = torch._C._are_functorch_transforms_active
+_is_batch = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
+_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_tracing_state = torch._C._get_tracing_state
+
+
+def plain() -> bool:
+    """Whether operators have to consist of plain PyTorch operations, because something looks into them here.
+
+    That is so in the transforms of `torch.func`, forward-mode differentiation, `torch.export`, `torch.jit.trace` and
+    `make_fx`. `torch.compile` has opaque operators instead.
+    """
+    if torch.compiler.is_compiling():
+        return _is_exporting() or _is_transformed()
+    return (
+        _is_transformed() or _tracing_state() is not None or forward_ad._current_level >= 0 or _mode(_PROXY) is not None
+    )
+
+
+def plain_backward(dy: Tensor) -> bool:
+    """The same of the backward pass for dy, which has to be plain also where it is differentiated, or dy is a batch."""
+    if torch.compiler.is_compiling():
+        return plain()
+    return torch.is_grad_enabled() or _is_batch(dy) or plain()
 
 
 def block_entries(device: torch.device) -> int:
@@ -81,8 +106,8 @@ def int8(x: Tensor, out_features: int) -> bool:
 
 
 def keeps_weight(x: Tensor) -> bool:
-    """Whether a layer that generates keeps W' for the next forward: on a CPU, for few tokens x (..., in)."""
-    return x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
+    """Whether a layer that generates keeps W' for the next forward: on a CPU."""
+    return x.device.type == "cpu"
 
 
 def triton(tensor: Tensor) -> bool:
@@ -100,7 +125,7 @@ def describe(device: torch.device) -> dict[str, str]:
     kernels = "off: they have run in Triton's interpreter only; HIRA_TRITON=1 in the environment switches them on"
     if TRITON:
         kernels = "on" if device.type == "cuda" else "switched on, but they serve CUDA alone"
-    few = "formed each time" if device.type != "cpu" else f"kept by hira.inference_cache, up to {FEW_TOKENS} tokens"
+    few = "formed each time" if device.type != "cpu" else "kept by hira.inference_cache in generate()"
     return {
         "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",
         "decoding": f"W' is {few}; tokens with an adapter each share one product",
@@ -109,4 +134,5 @@ def describe(device: torch.device) -> dict[str, str]:
         "half precision": f"W' is rounded {'with a dither' if DITHER else 'to nearest'}, once",
         "Triton kernels": kernels,
         "torch.compile": "opaque operators for linear products and kernels of convolutions, the rest is traced",
+        "torch.func, torch.export, second derivatives": "plain operations, with W' formed whole",
     }

@@ -28,11 +28,14 @@ class _Scratch(threading.local):
         self.buffers: dict[torch.dtype, Tensor] = {}
 
     def take(self, entries: int, dtype: torch.dtype) -> Tensor:
-        buffer = self.buffers.get(dtype)
+        buffer = self.buffers.pop(dtype, None)
         if buffer is None or buffer.numel() < entries:
             with torch.inference_mode(False):  # an inference tensor could not be written to in training
-                buffer = self.buffers[dtype] = torch.empty(entries, dtype=dtype, device="cpu")
+                buffer = torch.empty(entries, dtype=dtype, device="cpu")
         return buffer
+
+    def give(self, buffer: Tensor) -> None:
+        self.buffers[buffer.dtype] = buffer
 
 
 scratch = _Scratch()
@@ -41,7 +44,8 @@ scratch = _Scratch()
 class Workspace:
     """Memory for one block of W' or of its gradient at a time, for one pass over all blocks.
 
-    On a CPU it is the thread's own, kept from pass to pass: two workspaces are never used at once.
+    On a CPU it is the thread's own, kept from pass to pass. A pass that begins within another, as in a mode of PyTorch
+    that watches operations, gets memory of its own.
 
     Args:
         W0: (out, in), the weight that is split into blocks.
@@ -52,11 +56,18 @@ class Workspace:
         self.dtype = dtype
         limit = paths.block_entries(W0.device)
         entries = min(W0.numel(), max(limit, *W0.shape))
+        self._kept = False
         kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)
         take = scratch.take if kept else partial(_fresh, W0)
         exact = formation_dtype(W0.dtype)
         self._exact = take(entries, exact)
         self._rounded = self._exact if dtype == exact else take(entries, dtype)
+        self._kept = kept
+
+    def __del__(self) -> None:
+        if self._kept:
+            scratch.give(self._exact)
+            scratch.give(self._rounded)
 
     def exact(self, like: Tensor) -> Tensor:
         """A tensor in the dtype of formation, with the shape and memory layout of ``like`` (rows, columns)."""
