@@ -42,6 +42,13 @@ COMMANDS = {
     "size": ["merge", "base", "adapter", "-o", "none", "--max-shard-size", "5 apples"],
     "dtype": ["merge", "base", "adapter", "-o", "none", "--dtype", "int8"],
     "adapter": ["merge", "base", "-o", "none"],
+    "swapped": ["merge", "adapter", "base", "-o", "none"],
+    "twice": ["merge", "twice", "adapter", "-o", "none"],
+    "twice after all": ["merge", "twice", "adapter", "-o", "again", "--any-base"],
+    "inspect a model": ["inspect", "base"],
+    "inspect a file": ["inspect", "adapter/adapter_config.json"],
+    "verify nothing": ["verify", "nothing"],
+    "page nowhere": ["inspect", "adapter", "--html", "nowhere/page.html"],
 }
 
 
@@ -60,6 +67,7 @@ def folder(tmp_path_factory) -> Path:
     torch.save(pair, folder / "original" / "adapter_model.bin")
     text = json.dumps({"peft_type": "LORA", "r_ab": 2, "target_modules": ["0"]})
     (folder / "original" / "adapter_config.json").write_text(text)
+    hira.merge_checkpoint(folder / "base", folder / "adapter", folder / "twice")
     for name in ("full", "old"):
         (folder / name).mkdir()
         (folder / name / "mine").write_text("precious")
@@ -82,10 +90,11 @@ def done(folder) -> dict[str, subprocess.CompletedProcess[str]]:
 def test_merging(done, folder, tmp_path):
     assert (done["merge"].returncode, done["merge"].stderr) == (0, "")
     report = hira.merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "merged")
-    first, second = done["merge"].stdout.splitlines()
+    first, second, note = done["merge"].stdout.splitlines()
     size = f"{report.nbytes / 1e9:.3g} GB"
     assert re.fullmatch(rf"{folder / 'merged'}: {size} in 1 file, \S+ s, \S+ GB/s", first)
     assert second == "tensors: 2 merged, 0 replaced, 0 added, of 4"
+    assert note == f"note: {report.notes[0]}" and "not checked whether" in note
     for name in ("model.safetensors", "README.md"):
         assert (folder / "merged" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
     assert hira.verify_folder(folder / "merged") == []
@@ -102,7 +111,8 @@ def test_a_dry_run_says_what_would_be_written(done, folder):
     assert (done["dry run"].returncode, done["dry run"].stderr) == (0, "")
     lines = done["dry run"].stdout.splitlines()
     assert re.fullmatch(rf"{folder / 'none'}: \S+ GB in 1 file would be written, \S+ GB are free", lines[0])
-    assert lines[1:] == ["tensors: 2 merged, 0 replaced, 0 added, of 4", "merged: 0.weight", "merged: 2.weight"]
+    assert lines[1:4] == ["tensors: 2 merged, 0 replaced, 0 added, of 4", "merged: 0.weight", "merged: 2.weight"]
+    assert [line.split(":")[0] for line in lines[4:]] == ["note"]
     assert not (folder / "none").exists()
 
 
@@ -143,11 +153,12 @@ def test_a_lora_is_printed_with_what_it_loses(done, folder, tmp_path):
         ("fold", "folded", "HiRA of rank 4, modules: 2"),
         ("original", "from_original", "LoRA of rank 2, modules: 1"),
         ("overwrite", "old", "HiRA of rank 4, modules: 2"),
+        ("twice after all", "again", "note: the adapter"),
     ],
 )
 def test_a_folder_is_written(done, folder, command, out, said):
     assert done[command].returncode == 0, done[command].stderr
-    assert f"{folder / out}: {said}" in done[command].stdout
+    assert f"{folder / out}: " in done[command].stdout and said in done[command].stdout
     assert hira.verify_folder(folder / out) == []
     assert not (folder / out / "mine").exists()
 
@@ -161,6 +172,11 @@ def test_a_folder_is_written(done, folder, command, out, said):
         ("no adapter", "adapter_config.json is missing"),
         ("old merge", "is not empty; name another folder, or pass --overwrite."),
         ("merge no adapter", "adapter_config.json is missing"),
+        ("swapped", "The base model comes first: hira merge BASE"),
+        ("twice", "twice already: `hira merge` wrote that model. If it is meant: --any-base"),
+        ("inspect a model", "base is a model's folder, where an adapter's was expected"),
+        ("inspect a file", "is not a folder but a file; pass its folder"),
+        ("verify nothing", "the folder 'nothing' is not a folder here; check the path, or download it first"),
     ],
 )
 def test_failures(done, folder, command, message):
@@ -187,6 +203,7 @@ def test_failures(done, folder, command, message):
         ("size", "'5 apples' is not a size such as 5GB"),
         ("dtype", "Invalid value for '--dtype'"),
         ("adapter", "Missing argument 'ADAPTER...'"),
+        ("page nowhere", "Invalid value for --html: nowhere is not a folder"),
     ],
 )
 def test_usage_errors(done, folder, command, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from hira.checkpoint.merge import MergeReport
+
+
+_HUB = ", or owner/name[@revision] on the hub"
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Do it although an adapter is of another model, or merged already.")
+]
 
 
 class Source(str, Enum):
@@ -53,8 +60,8 @@ class Rounding(str, Enum):
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The base model's folder, in safetensors.")],
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="The folders of adapters.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help=f"The base model's folder, in safetensors{_HUB}.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"The folders of adapters{_HUB}.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="What an adapter's BA is multiplied by; once for each adapter.")
@@ -71,6 +78,7 @@ def merge(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    any_base: AnyBase = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
 ) -> None:
     """Merge adapters into a model on the disk, W' = W0 * (1 + BA), without loading it.
@@ -97,6 +105,7 @@ def merge(
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 dry_run=dry_run,
+                any_base=any_base,
                 allow_pickle=allow_pickle,
                 progress=advance,
             )
@@ -105,16 +114,17 @@ def merge(
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
     source: Annotated[Source | None, typer.Option("--from", help="It is of the paper's repository.")] = None,
     to: Annotated[Form | None, typer.Option("--to", help="Approximate it by a LoRA, which loses.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="The LoRA's rank.")] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The model that it was trained on, for a LoRA.")
+        str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on, for a LoRA.")
     ] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Leave nothing that PEFT's own HiRA does not know.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    any_base: AnyBase = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
 ) -> None:
     """Write an adapter in another form: from the paper's repository, as a LoRA, or for PEFT's own HiRA.
@@ -135,8 +145,11 @@ def convert(
             base=base,
             fold=fold,
             overwrite=overwrite,
+            any_base=any_base,
             allow_pickle=allow_pickle,
         )
+        for note in result.notes:
+            _say(f"note: {note}")
         if result.lora is not None:
             errors = {layer.name: layer.relative_error for layer in result.lora.layers}
             Console().print(_losses(result.lora.rank, errors, result.lora.relative_error))
@@ -146,31 +159,43 @@ def convert(
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")],
-    base: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The model that it was trained on.")] = None,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
+    base: Annotated[str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it here.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures here.")] = None,
     spectra: Annotated[bool, typer.Option(help="Find singular values of W0 and of the update.")] = True,
+    any_base: AnyBase = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
 ) -> None:
     """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
+    for option, path in (("--plot", plot), ("--html", html)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
     with _failing():
         from hira.checkpoint import inspection, report_page, report_table
 
-        report = inspection.inspect_adapter(adapter, base, spectra=spectra, allow_pickle=allow_pickle)
+        report = inspection.inspect_adapter(
+            adapter, base, spectra=spectra, any_base=any_base, allow_pickle=allow_pickle
+        )
         if json:
             print(report_table.to_json(report))
         else:
             console = Console()
-            # where there is no terminal, no column is to be cut for its width
-            (console if console.is_terminal else Console(width=240)).print(report_table.table(report))
+            if console.is_terminal:
+                for line in report_table.overview(report, console.width):
+                    print(line)
+                print()
+            else:  # a row for each module, of any width
+                Console(width=10_000).print(report_table.table(report))
+            for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
+                _say(line, width=console.width if console.is_terminal else None)
         if plot is not None:
-            report_table.plot(report, plot)
+            report_table.plot(report, plot, Path(adapter).name)
         if html is not None:
-            report_page.write_page(report, html, adapter.name)
+            report_page.write_page(report, html, Path(adapter).name)
 
 
 def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
@@ -199,11 +224,14 @@ def _failing() -> Iterator[None]:
             raise typer.Exit(1) from error
 
 
-def _say(line: str, error: bool = False) -> None:
-    """Print a line; whatever names it has from files, it does nothing to a terminal."""
+def _say(line: str, error: bool = False, width: int | None = None) -> None:
+    """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
     from hira.checkpoint.printed import printable
 
-    print(printable(line), file=sys.stderr if error else sys.stdout)
+    shown = printable(line)
+    if width is not None:
+        shown = textwrap.fill(shown, width, break_long_words=False, break_on_hyphens=False)
+    print(shown, file=sys.stderr if error else sys.stdout)
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def test_modules_that_were_named_by_their_ends_are_named_whole(found, named):
         ({}, {"linear.lora_R": (3, 3)}, "'base_model.model.linear.lora_R': it was trained with another method"),
         ({}, {"rand_R": (3, 3)}, "another method"),
         ({"rand_R": True}, {}, "rand_R in its configuration"),
-        ({"r": 8}, {}, "and r 8"),
+        ({"r": 8}, {}, "it is a LoRA of rank 8"),
         ({"r_ab": None}, {}, "r_ab None"),
         ({"peft_type": "HIRA"}, {}, "peft_type 'HIRA'"),
         ({"bias": "all"}, {}, "trained biases"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint.test_report_table import EVIL, example
 
 from hira.checkpoint.report_page import page, write_page
+from hira.checkpoint.report_table import measures
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path")
@@ -83,6 +87,86 @@ def test_the_data_of_the_script():
     bare = page(example(with_base=False))
     assert '"weight": null' in bare
     assert "size of the update" not in bare
+
+
+def test_the_page_says_what_it_is_about():
+    report = dataclasses.replace(
+        example(), notes=("not checked whether",), config={"base_model_name_or_path": "org/m<b>"}
+    )
+    content = page(report, "mine")
+    texts = [text for _, text in Elements(content).text]
+    for text in ("mine", "org/m<b>", date.today().isoformat(), "not checked whether", "layer ↓ module →"):
+        assert text in texts
+    for measure in measures(report).values():
+        assert measure.title in texts and measure.sentence in texts and measure.sentence.endswith(".")
+    assert any("Merging into bfloat16 loses" in text for text in texts)
+
+
+def luminance(red: float, green: float, blue: float) -> float:
+    """That of linear sRGB, as WCAG has it."""
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def linear(colour: str) -> torch.Tensor:
+    parts = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    values = torch.tensor([int(parts[i : i + 2], 16) / 255 for i in (0, 2, 4)], dtype=torch.float64)
+    return torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(first: torch.Tensor, second: torch.Tensor) -> float:
+    light, dark = sorted((luminance(*first.tolist()), luminance(*second.tolist())), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# to LMS and from its cube roots to Oklab, in which the page mixes the colours of its map
+LMS = [
+    [0.4122214708, 0.5363325363, 0.0514459929],
+    [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+]
+OKLAB = [
+    [0.2104542553, 0.7936177850, -0.0040720468],
+    [1.9779984951, -2.4285922050, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.8086757660],
+]
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_can_be_read_on_every_colour_of_the_map(theme):
+    """WCAG's 4.5, for light and for dark themes, and for the text around the map."""
+    content = page(example())
+    styles = re.findall(r":root \{(.*?)\}", content, re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w+);", styles[theme]))
+    to_lms, to_lab = (torch.tensor(rows, dtype=torch.float64) for rows in (LMS, OKLAB))
+    low, high = (to_lab @ (to_lms @ linear(colours[name])) ** (1 / 3) for name in ("low", "high"))
+    thresholds = [float(number) for number in re.findall(r"share > (\.\d+)", content)]
+    assert len(thresholds) == 2
+    for share in torch.linspace(0, 1, 201).tolist():
+        ground = torch.linalg.solve(to_lms, torch.linalg.solve(to_lab, low + share * (high - low)) ** 3)
+        name = "on-high" if share > thresholds[0] else "on-mid" if share > thresholds[1] else "on-low"
+        assert contrast(linear(colours[name]), ground) >= 4.5, (name, share)
+    for name in ("ink", "faint"):
+        assert contrast(linear(colours[name]), linear(colours["ground"])) >= 4.5
+    for name in ("W0", "delta", "update", "mark"):  # lines need less
+        assert contrast(linear(colours[name]), linear(colours["ground"])) >= 3
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [500, 1280])
+def test_the_map_scrolls_and_the_page_does_not(tmp_path, width):
+    report = example(layers=3)
+    more = [dataclasses.replace(report.layers[0], name=f"model.layers.0.mlp.experts.{i}.up_proj") for i in range(40)]
+    write_page(dataclasses.replace(report, layers=(*report.layers, *more)), tmp_path / "a.html", "a" * 100)
+    browser = Browser(tmp_path / "a.html")
+    try:
+        browser.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("document.querySelector('.scroll').scrollWidth") > width
+        browser.run("document.querySelector('.scroll').scrollLeft = 300")
+        left = browser.run("document.querySelector('tbody th').getBoundingClientRect().left")
+        assert 0 <= left < 100  # the names of the layers stay
+    finally:
+        browser.close()
 
 
 @needs_browser

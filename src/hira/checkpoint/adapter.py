@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from hira.checkpoint.header import Header, all_finite, read_header, read_tensor
+from hira.checkpoint.hub import ON_HUB, located
 from hira.checkpoint.links import inside, opened_folder
+from hira.checkpoint.recognise import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_TENSORS, not_an_adapter
 from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _MAX_CONFIG = 10_000_000
@@ -162,7 +161,8 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
     """Read an adapter's folder.
 
     Args:
-        path: the folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        path: the folder, with `adapter_config.json` and `adapter_model.safetensors`; or its name on the hub,
+            `owner/name` or `owner/name@revision`, where there is no such folder.
         allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
 
     Returns:
@@ -174,18 +174,30 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
     """
     root, config = read_config(path)
     if config.get("peft_type") != "HIRA":
-        raise HiraError(
-            f"{root / CONFIG} has peft_type {config.get('peft_type')!r}, where 'HIRA' was expected. Adapters of the "
-            "original repository say 'LORA': `hira convert --from original` makes them ours."
-        )
+        raise HiraError(f"{root / ADAPTER_CONFIG} has {not_hira(config)}")
     tensors = read_tensors(root, allow_pickle)
     return Adapter(root, config, tensors, *sort_tensors(f"the adapter {root}", tensors))
 
 
+def not_hira(config: Mapping[str, Any]) -> str:
+    """Say what an adapter is that is not HiRA's, and what to do with it."""
+    found = f"peft_type {config.get('peft_type')!r}, where 'HIRA' was expected"
+    if config.get("peft_type") == "LORA" and "r_ab" in config and "r" not in config:
+        return f"{found}. It is of the HiRA paper's repository: `hira convert --from original` makes it PEFT's."
+    if config.get("peft_type") == "LORA":
+        return (
+            f"{found}: it is a LoRA of rank {config.get('r')!r}. Nothing here reads LoRA, and it needs no conversion: "
+            "load it with PeftModel.from_pretrained, and merge it with merge_and_unload()."
+        )
+    return f"{found}. Adapters of other methods are for PEFT alone."
+
+
 def read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Return the real path of an adapter's folder and its configuration, of whatever method; a HiraError for none."""
-    root = opened_folder(path, "the adapter")
-    return root, read_object(inside(root, CONFIG), _MAX_CONFIG)
+    root = opened_folder(located(path, "adapter"), "the adapter", ON_HUB)
+    if not os.path.lexists(root / ADAPTER_CONFIG):
+        raise HiraError(not_an_adapter(root))
+    return root, read_object(inside(root, ADAPTER_CONFIG), _MAX_CONFIG)
 
 
 def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]:
@@ -201,16 +213,16 @@ def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]
     Raises:
         HiraError: there is no file of tensors, only a pickle that is not allowed, or one that is damaged.
     """
-    if os.path.lexists(root / TENSORS):
-        return TensorFile(read_header(inside(root, TENSORS, weights=True)))
-    if not os.path.lexists(root / PICKLE):
-        raise HiraError(f"{root} has no {TENSORS}; pass the folder to which the adapter was saved.")
+    if os.path.lexists(root / ADAPTER_TENSORS):
+        return TensorFile(read_header(inside(root, ADAPTER_TENSORS, weights=True)))
+    if not os.path.lexists(root / ADAPTER_PICKLE):
+        raise HiraError(f"{root} has no {ADAPTER_TENSORS}; pass the folder to which the adapter was saved.")
     if not allow_pickle:
         raise HiraError(
-            f"{root} has its tensors in {PICKLE} only, a pickle, which can run code when it is read. If you trust it, "
-            "pass --allow-pickle (allow_pickle=True)."
+            f"{root} has its tensors in {ADAPTER_PICKLE} only, a pickle, which can run code when it is read. If you "
+            "trust it, pass --allow-pickle (allow_pickle=True)."
         )
-    return _unpickled(inside(root, PICKLE))
+    return _unpickled(inside(root, ADAPTER_PICKLE))
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from hira.checkpoint.adapter import Adapter
 from hira.checkpoint.folder import read_folder
 from hira.checkpoint.parameters import Parameters
+from hira.checkpoint.provenance import check_base
 from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError
 
@@ -19,14 +20,17 @@ class BaseWeights:
     Args:
         base: the folder of a model, with `model.safetensors` or its index.
         adapter: the adapter.
+        any_base: take the model although the adapter was trained on another.
 
     Raises:
-        HiraError: the folder is not one of a model, lacks the weight of a module or has it in another shape, as that of
-            another model, or the weight is quantised.
+        HiraError: the folder is not one of a model, or of another than the adapter was trained on, lacks the weight of
+            a module or has it in another shape, or the weight is quantised.
     """
 
-    def __init__(self, base: str | os.PathLike[str], adapter: Adapter) -> None:
-        self._parameters, self._adapter = Parameters(read_folder(base)), adapter
+    def __init__(self, base: str | os.PathLike[str], adapter: Adapter, any_base: bool = False) -> None:
+        model = read_folder(base)
+        self.notes = check_base(model, adapter, any_base)
+        self._parameters, self._adapter = Parameters(model), adapter
         self._changes = changes_of(self._parameters, [adapter], [1.0], merging=False)
         pairs = [(use.factors, target) for target in self._changes.targets.values() for use in target.uses]
         self._targets = {keys: target for factors, target in pairs for keys in factors.all_keys}

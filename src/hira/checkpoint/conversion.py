@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hira.checkpoint.adapter import PREFIX
+from hira.checkpoint.adapter import PREFIX, not_hira
 from hira.checkpoint.factors import Factors, Matrices, matrices, pairs
 from hira.checkpoint.header import all_finite
 from hira.checkpoint.inspection import MAX_DIM, check_adapter
@@ -81,11 +81,12 @@ def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
         what = repr(other[0]) if other else "rand_R in its configuration"
         raise HiraError(f"The adapter has {what}: it was trained with another method than HiRA.")
     rank = config.get("r_ab")
-    if config.get("peft_type") != "LORA" or isinstance(rank, bool) or not isinstance(rank, int) or "r" in config:
-        raise HiraError(
-            f"The configuration has peft_type {config.get('peft_type')!r}, r_ab {rank!r} and r {config.get('r')!r}; "
-            "the paper's repository writes LORA, a whole number and no r. Adapters of PEFT need no conversion."
-        )
+    if config.get("peft_type") == "HIRA":
+        raise HiraError("The adapter has peft_type 'HIRA': it is one of PEFT's already; leave out --from original.")
+    if config.get("peft_type") != "LORA" or "r" in config:
+        raise HiraError(f"The adapter is not of the HiRA paper's repository: it has {not_hira(config)}")
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise HiraError(f"The configuration has r_ab {rank!r}; the paper's repository writes a whole number.")
     if config.get("bias", "none") != "none":
         raise HiraError(f"The adapter trained biases (bias={config['bias']!r}), which HiRA in PEFT does not have.")
     saved = list(config.get("modules_to_save") or ())

@@ -13,21 +13,14 @@ import torch
 from torch import Tensor
 
 from hira.checkpoint import conversion
-from hira.checkpoint.adapter import (
-    CONFIG,
-    PREFIX,
-    TENSORS,
-    Adapter,
-    read_adapter,
-    read_config,
-    read_tensors,
-    sort_tensors,
-)
+from hira.checkpoint.adapter import PREFIX, Adapter, read_adapter, read_config, read_tensors, sort_tensors
 from hira.checkpoint.base_weights import BaseWeights
 from hira.checkpoint.conversion import LoraReport
 from hira.checkpoint.header import entry_of, header_bytes, in_safetensors_order, tensor_bytes
+from hira.checkpoint.hub import located
 from hira.checkpoint.model_card import CARD, card, name_of, quoted
 from hira.checkpoint.output import Output
+from hira.checkpoint.recognise import ADAPTER_CONFIG, ADAPTER_TENSORS
 from hira.errors import HiraError
 
 PathLike = str | os.PathLike[str]
@@ -43,6 +36,7 @@ class Conversion:
         rank: its rank.
         modules: the number of modules that it adapts.
         lora: what a LoRA lost, None for HiRA.
+        notes: what there is to know about the base model.
     """
 
     path: Path
@@ -50,6 +44,7 @@ class Conversion:
     rank: int
     modules: int
     lora: LoraReport | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it."""
@@ -67,6 +62,7 @@ def convert_adapter(
     base: PathLike | None = None,
     fold: bool = False,
     overwrite: bool = False,
+    any_base: bool = False,
     allow_pickle: bool = False,
 ) -> Conversion:
     """Write an adapter in another form: as PEFT's HiRA, or as a LoRA that approximates it.
@@ -74,16 +70,18 @@ def convert_adapter(
     Equation: for a LoRA of rank k, ``L = argmin ||W0 * BA - L||`` over the matrices of that rank, for each module.
 
     Args:
-        adapter: the folder of the adapter.
+        adapter: the folder of the adapter, or its name on the hub, `owner/name` or `owner/name@revision`.
         out: the folder to write: `adapter_config.json`, `adapter_model.safetensors`, a model card that says what it was
             made from, and a manifest for `verify_folder`. It is there whole or not at all.
         source: "original" if the adapter is of the paper's repository; otherwise it is one of PEFT's format.
         to: "lora" for a LoRA, in float32. What is beyond its rank is lost.
         rank: the LoRA's rank.
-        base: the folder of the model that the adapter was trained on, not quantised. A LoRA needs it, nothing else.
+        base: the folder of the model that the adapter was trained on, not quantised, or its name on the hub. A LoRA
+            needs it, nothing else.
         fold: write it so that PEFT's own HiRA loads it: modules of several ranks get the largest, and what is for
             training here only goes.
         overwrite: replace what `out` holds.
+        any_base: take the base model although the adapter was trained on another.
         allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
 
     Returns:
@@ -98,21 +96,25 @@ def convert_adapter(
     """
     if (problem := contradiction(source, to, rank, base, fold)) is not None:
         raise HiraError(problem)
+    read = [folder for folder in (adapter, base) if folder is not None and os.path.isdir(folder)]
+    Output(out, overwrite, read).check_target()  # before anything is downloaded
+    adapter, base = located(adapter, "adapter"), None if base is None else located(base, "model")
     output = Output(out, overwrite, [adapter] if base is None else [adapter, base])
     output.check_target()
     found = _read(adapter, source, allow_pickle)
     config, tensors, lora = found.config, found.tensors, None
+    notes: list[str] = []
     if base is not None and rank is not None:
-        weights = BaseWeights(base, found)
+        weights = BaseWeights(base, found, any_base)
+        notes = weights.notes
         config, tensors, lora = conversion.to_lora(config, tensors, weights, rank)
         tensors |= _attention_outputs(found, weights, rank)
     elif fold:
         config, tensors = conversion.fold(config, tensors)
-    result = Conversion(output.target, config["peft_type"], config["r"], len(found.modules), lora)
+    result = Conversion(output.target, config["peft_type"], config["r"], len(found.modules), lora, tuple(notes))
     with output:
-        output.write(
-            CONFIG, (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        )
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        output.write(ADAPTER_CONFIG, f"{text}\n".encode())
         _write_tensors(output, tensors)
         output.write(CARD, _card(found.path, result, source, fold, config.get("base_model_name_or_path")))
     return result
@@ -164,7 +166,7 @@ def _attention_outputs(adapter: Adapter, weights: BaseWeights, rank: int) -> dic
 def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
     """The file that safetensors itself would write, tensor by tensor."""
     entries = in_safetensors_order(entry_of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
-    with output.create(TENSORS) as file:
+    with output.create(ADAPTER_TENSORS) as file:
         file.write(header_bytes(entries, {"format": "pt"}))
         for entry in entries:
             file.write(tensor_bytes(tensors[entry.name]))

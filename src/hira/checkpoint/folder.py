@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hira.checkpoint.header import Header, TensorEntry, read_header
+from hira.checkpoint.hub import ON_HUB, located
 from hira.checkpoint.links import check_basename, inside, opened_folder
 from hira.checkpoint.manifest import MANIFEST, STATE, check_relative
+from hira.checkpoint.recognise import INDEX, PICKLES, SINGLE, WEIGHTS, not_a_model
 from hira.checkpoint.strict_json import read_object
 from hira.errors import HiraError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
-# Other copies of the weights: beside a changed model they would be those of the old one.
-WEIGHTS = frozenset({".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite"})
 _NOT_COPIED = frozenset({".git", ".cache", "__pycache__", MANIFEST, STATE, f"{STATE}.new", SINGLE, INDEX})
 
 
@@ -57,7 +54,8 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
     """Read a model's folder, or its snapshot in the hub's cache.
 
     Args:
-        path: the folder, with `model.safetensors`, or else with `model.safetensors.index.json` and its shards.
+        path: the folder, with `model.safetensors`, or else with `model.safetensors.index.json` and its shards; or its
+            name on the hub, `owner/name` or `owner/name@revision`, where there is no such folder.
 
     Returns:
         What it holds.
@@ -66,7 +64,7 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
         HiraError: there is no folder, no safetensors file, an index that names files elsewhere or does not agree with
             the shards' headers, a link of another file that leads outside, or a bad header.
     """
-    root = opened_folder(path, "the model")
+    root = opened_folder(located(path, "model"), "the model", ON_HUB)
     index: str | None = None
     metadata: dict[str, Any] = {}
     if os.path.lexists(root / SINGLE):  # which transformers, too, prefers to an index
@@ -76,7 +74,7 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
         index = INDEX
         shards, tensors, metadata = _read_index(root)
     else:
-        raise HiraError(_nothing_to_read(root))
+        raise HiraError(not_a_model(root))
     other_files, skipped = _other_files(root, shards)
     return ModelFolder(root, shards, tensors, index, metadata, other_files, skipped)
 
@@ -115,20 +113,6 @@ def _shard_name(path: Path, tensor: str, shard: object) -> str:
     if not name.endswith(".safetensors"):
         raise HiraError(f"the file of tensor {tensor!r} in {path} is {name!r}, which is not a safetensors file.")
     return name
-
-
-def _nothing_to_read(root: Path) -> str:
-    names = sorted(os.listdir(root))
-    pickled = [name for name in names if Path(name).suffix in PICKLES]
-    if pickled:
-        return (
-            f"{root} has its weights as pickles only, such as {pickled[0]}, which run code when they are read. If you "
-            "trust them, load the model with transformers and save it again with save_pretrained, which writes "
-            "safetensors."
-        )
-    if "adapter_config.json" in names:
-        return f"{root} is an adapter's folder, where a model's was expected; pass the base model first."
-    return f"{root} has neither {SINGLE} nor {INDEX}; pass the folder of a model in safetensors."
 
 
 def _other_files(root: Path, shards: dict[str, Header]) -> tuple[list[str], dict[str, str]]:

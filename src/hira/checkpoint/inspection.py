@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Report:
         relative_norm: ``sqrt(sum ||W0 * BA||^2 / sum ||W0||^2)`` over the layers; None unless W0 is known for all.
         bfloat16_lost: that of the layers, of all their updates together; None unless it is known of all that change.
         bfloat16_lost_to_nearest: likewise.
+        notes: what there is to know about the base model.
     """
 
     config: dict[str, Any]
@@ -108,6 +109,7 @@ class Report:
     relative_norm: float | None
     bfloat16_lost: float | None
     bfloat16_lost_to_nearest: float | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dictionaries, lists, strings and numbers, as JSON has them."""
@@ -165,14 +167,18 @@ def inspect_adapter(
     base: str | os.PathLike[str] | None = None,
     *,
     spectra: bool = True,
+    any_base: bool = False,
     allow_pickle: bool = False,
 ) -> Report:
     """Look at all layers of an adapter in a folder.
 
     Args:
-        adapter: the folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: the folder of the model that it was trained on; without it the report has what BA tells.
+        adapter: the folder, with `adapter_config.json` and `adapter_model.safetensors`, or its name on the hub,
+            `owner/name` or `owner/name@revision`.
+        base: the folder of the model that it was trained on, or its name on the hub; without it the report has what BA
+            tells.
         spectra: whether to find the singular values of W0 and of ``W0 * BA``, which takes most of the time.
+        any_base: take the base model although the adapter was trained on another.
         allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
 
     Returns:
@@ -182,8 +188,9 @@ def inspect_adapter(
         HiraError: a file is missing or damaged, the two do not belong together, or a number is not finite.
     """
     found = read_adapter(adapter, allow_pickle)
-    weight_of = None if base is None else BaseWeights(base, found)
-    return inspect(found.config, found.tensors, weight_of, spectra=spectra)
+    weight_of = None if base is None else BaseWeights(base, found, any_base)
+    report = inspect(found.config, found.tensors, weight_of, spectra=spectra)
+    return report if weight_of is None else replace(report, notes=tuple(weight_of.notes))
 
 
 def inspect_layer(

@@ -10,14 +10,23 @@ from pathlib import Path
 from hira.errors import HiraError
 
 
-def opened_folder(path: str | os.PathLike[str], what: str) -> Path:
-    """Return the real path of a folder that a user named; a HiraError, which calls it `what`, if there is none."""
+def opened_folder(path: str | os.PathLike[str], what: str, otherwise: str = "") -> Path:
+    """Return the real path of a folder that a user named.
+
+    Args:
+        path: the folder.
+        what: what to call it in messages.
+        otherwise: what else to do if there is none, besides checking the path.
+
+    Raises:
+        HiraError: there is no such folder, or it cannot be read.
+    """
     try:
         root = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise HiraError(f"{what} {str(path)!r} is not a folder here; download it first, and pass its path.") from error
+        raise HiraError(f"{what} {str(path)!r} is not a folder here; check the path{otherwise}.") from error
     if not root.is_dir():
-        raise HiraError(f"{what} {str(path)!r} is not a folder; pass the folder that holds the files.")
+        raise HiraError(f"{what} {str(path)!r} is not a folder but a file; pass its folder, {root.parent}.")
     if not os.access(root, os.R_OK | os.X_OK):
         raise HiraError(f"{what} {str(path)!r} cannot be read: permission denied.")
     return root

@@ -82,7 +82,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         HiraError: there is no folder or no manifest, or the manifest is damaged.
     """
-    root = opened_folder(folder, "the folder")
+    root = opened_folder(folder, "the folder", ", or download it first")
     path = root / MANIFEST
     if not os.path.lexists(path):
         raise HiraError(f"{root} has no {MANIFEST}, so there is nothing to check it against; hira did not write it.")

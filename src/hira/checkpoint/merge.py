@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from hira.checkpoint.adapter import PICKLE, TENSORS, Adapter, read_adapter
+from hira.checkpoint.adapter import Adapter, read_adapter
 from hira.checkpoint.changed import Options, Rounding
 from hira.checkpoint.contents import Workers
-from hira.checkpoint.folder import INDEX, ModelFolder, read_folder
+from hira.checkpoint.folder import ModelFolder, read_folder
 from hira.checkpoint.header import header_bytes
 from hira.checkpoint.merge_plan import Plan, plan_of
 from hira.checkpoint.model_card import CARD, card, dtype_name, name_of, quoted
 from hira.checkpoint.output import Output
 from hira.checkpoint.parameters import CONFIG, Parameters
+from hira.checkpoint.provenance import MERGED, check_base, merge_record
+from hira.checkpoint.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
 from hira.checkpoint.targets import changes_of
 from hira.errors import HiraError
 
@@ -84,6 +86,7 @@ def merge_checkpoint(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    any_base: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -98,8 +101,9 @@ def merge_checkpoint(
     first time during a merge may be given one of PyTorch's threads only.
 
     Args:
-        base: the folder of the base model, in safetensors; or its snapshot in the hub's cache.
-        adapters: the folder of a HiRA adapter, or several.
+        base: the folder of the base model, in safetensors; or its name on the hub, `owner/name` or
+            `owner/name@revision`, which is downloaded to the hub's cache.
+        adapters: the folder of a HiRA adapter, or its name on the hub; or several.
         out: the folder to write.
         weights: w_i, a number for each adapter; 1 by default.
         dtype: that of all floating-point tensors, such as "bfloat16"; by default each keeps its own.
@@ -109,6 +113,8 @@ def merge_checkpoint(
             files are kept.
         overwrite: replace what `out` holds, all of it, once the new folder is complete.
         dry_run: write nothing; all checks are made but that of the space.
+        any_base: merge although an adapter was trained on another model, or is in the weights already; the report notes
+            it.
         allow_pickle: read an adapter's `adapter_model.bin`, where it has no safetensors, with ``weights_only=True``.
         progress: called with the bytes that are done and those of all the weights.
 
@@ -116,9 +122,9 @@ def merge_checkpoint(
         The report.
 
     Raises:
-        HiraError: a file is missing, damaged or not what it claims; an adapter is of another model or not finite; the
-            base model is quantised where an adapter is on it, or lays its files out in a way that is not known; the
-            target is not empty or the disk is full. The target is as it was then.
+        HiraError: a file is missing, damaged or not what it claims; an adapter is of another model, merged already, or
+            not finite; the base model is quantised where an adapter is on it, or lays its files out in a way that is
+            not known; the target is not empty or the disk is full. The target is as it was then.
 
     Source: HiRA (ICLR 2025), equation 5.
     """
@@ -126,13 +132,17 @@ def merge_checkpoint(
     folders = _folders(adapters)
     factors = _weights(folders, weights)
     options = Options(_dtype(dtype), _rounding(rounding), _limit(max_shard_size))
+    # before anything is downloaded
+    Output(out, overwrite, [folder for folder in (base, *folders) if os.path.isdir(folder)]).check_target()
     model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
+    notes = tuple(note for adapter in found for note in check_base(model, adapter, any_base))
     parameters = Parameters(model)
     output = Output(
         out,
         overwrite,
         [model.path, *(adapter.path for adapter in found), *(header.path for header in model.shards.values())],
         job=_job(parameters, found, factors, options),
+        about={MERGED: merge_record(model, found)},
     )
     output.check_target()
     plan = plan_of(parameters, changes_of(parameters, found, factors), options)
@@ -156,7 +166,7 @@ def merge_checkpoint(
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
         _left_out(model),
-        plan.notes,
+        (*notes, *plan.notes),
         plan.nbytes + others,
         free,
         time.monotonic() - start,
@@ -258,7 +268,7 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
     ]
     facts += [*_rounding_of_products(), base.config, *(adapter.config for adapter in adapters)]
     files = [header.path for header in base.folder.shards.values()]
-    files += [adapter.path / name for adapter in adapters for name in (TENSORS, PICKLE)]
+    files += [adapter.path / name for adapter in adapters for name in (ADAPTER_TENSORS, ADAPTER_PICKLE)]
     for path in files:
         if path.exists():
             status = path.stat()

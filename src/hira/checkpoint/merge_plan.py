@@ -10,10 +10,10 @@ from typing import Any
 
 from hira.checkpoint.changed import Changed, Options, Planned
 from hira.checkpoint.contents import Copied
-from hira.checkpoint.folder import SINGLE
 from hira.checkpoint.header import Header, in_safetensors_order
 from hira.checkpoint.model_card import dtype_name
 from hira.checkpoint.parameters import Parameters
+from hira.checkpoint.recognise import SINGLE
 from hira.checkpoint.targets import Changes
 from hira.errors import HiraError
 

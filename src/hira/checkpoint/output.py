@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from hira.checkpoint.manifest import MANIFEST, STATE, FileRecord, check_relative, files_of, record_of, records_of
 from hira.checkpoint.manifest import records_to_json as to_json
@@ -32,6 +33,7 @@ class Output:
         base: the folders that are read; none may be the target, hold it, or lie in it.
         required_bytes: about how much will be written; less free space is an error at once.
         job: what the run depends on, such as a hash of inputs and options; without it nothing is kept.
+        about: what the manifest says besides the files, as JSON has it.
 
     Raises:
         HiraError: on entry, the target is not empty, is a file, a mount point or one of `base`, cannot be written to or
@@ -45,6 +47,7 @@ class Output:
         base: PathLike | Sequence[PathLike] = (),
         required_bytes: int = 0,
         job: str | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             self.target = Path(os.path.realpath(Path(target).expanduser()))
@@ -53,6 +56,7 @@ class Output:
         self.staging = self.target.parent / f".{self.target.name}.hira-staging"
         self._old = self.target.parent / f".{self.target.name}.hira-old"
         self._overwrite, self.required_bytes, self._job = overwrite, required_bytes, job
+        self._about = dict(about or {})
         bases = [base] if isinstance(base, str | os.PathLike) else base
         self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in bases]
         self._finished: dict[str, FileRecord] = {}
@@ -222,7 +226,7 @@ class Output:
         """Complete the folder, have it on the disk, and put it in its place."""
         state, manifest = self.staging / STATE, self.staging / MANIFEST
         self._clear(keep={*self._finished, STATE})
-        manifest.write_bytes(to_json(self._finished, format=1))
+        manifest.write_bytes(to_json(self._finished, format=1, **self._about))
         sync(manifest)
         for folder, _, _ in os.walk(self.staging, topdown=False):
             sync(Path(folder))

@@ -5,25 +5,38 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from datetime import date
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from hira.checkpoint.inspection import Report
 from hira.checkpoint.printed import printable, printable_lines
-from hira.checkpoint.report_table import grid, measures, written
+from hira.checkpoint.report_table import grid, in_words, measures, written
+from hira.checkpoint.swap import explained
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c2128; --faint: #5c6570; --line: #d5dae0; --empty: #f1f3f5;
-  --low: #eef6f3; --high: #0f5c49; --mark: #c2410c; --mid: var(--ink);
+  --low: #eef6f3; --high: #0f5c49; --mark: #c2410c;
+  --on-low: #000; --on-mid: #000; --on-high: #fff;
   --W0: #475569; --delta: #b45309; --update: #0f766e; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181d; --ink: #e6e9ed; --faint: #9aa4af; --line: #343c45;
-  --empty: #1b2026; --low: #1d2a2a; --high: #5ee0bd; --mark: #fb923c; --mid: var(--ground);
+  --empty: #1b2026; --low: #1d2a2a; --high: #5ee0bd; --mark: #fb923c;
+  --on-low: #fff; --on-mid: #000; --on-high: #000;
   --W0: #a3b1c4; --delta: #fbbf24; --update: #2dd4bf; } }
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; }
-p { color: var(--faint); margin: .4rem 0; } select { font: inherit; padding: .2rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } h1, h2, p { overflow-wrap: anywhere; }
+p { color: var(--faint); margin: .4rem 0; } p.words { color: var(--ink); max-width: 46rem; }
+select { font: inherit; padding: .2rem; max-width: 100%; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3rem 1rem; margin: .6rem 0;
+  max-width: 60rem; }
+dt { font-weight: 500; } dd { margin: 0; color: var(--faint); overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl.meanings { grid-template-columns: minmax(0, 1fr); }
+  dl.meanings dd { margin-bottom: .4rem; } }
+.scale { display: flex; align-items: center; gap: .5rem; margin: .5rem 0; font-size: 13px; color: var(--faint); }
+.scale i { flex: 0 1 14rem; height: .8rem; border-radius: 3px;
+  background: linear-gradient(in oklab to right, var(--low), var(--high)); }
 .scroll { overflow-x: auto; } table { border-collapse: separate; border-spacing: 2px; font-size: 13px; }
 th { font-weight: 500; text-align: left; color: var(--faint); padding: .15rem .5rem; max-width: 18rem;
   overflow-wrap: break-word; }
@@ -32,11 +45,12 @@ thead th { vertical-align: bottom; text-align: center; }
 td { padding: 0; background: var(--empty); border-radius: 3px; min-width: 4.6rem; text-align: center; }
 td button { display: block; width: 100%; border: 0; border-radius: 3px; padding: .3rem .4rem;
   cursor: pointer;
-  font: inherit; font-variant-numeric: tabular-nums; color: var(--ink);
+  font: inherit; font-variant-numeric: tabular-nums; color: var(--on-low);
   background: color-mix(in oklab, var(--high) calc(var(--v) * 100%), var(--low)); }
-td button.mid { color: var(--mid); }
-td button.strong { color: var(--ground); }
-thead td { background: none; }
+td button.mid { color: var(--on-mid); }
+td button.strong { color: var(--on-high); }
+thead td { background: none; color: var(--faint); vertical-align: bottom; text-align: left; white-space: nowrap;
+  padding: .15rem .5rem; position: sticky; left: 0; background: var(--ground); }
 td button:focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 td button[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--mark); }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
@@ -61,12 +75,14 @@ function make(tag, attributes, text, svg) {
 }
 function colour() {
   const measure = data.measures[choice.value];
-  document.getElementById('meaning').textContent = measure.title + ', from ' + measure.low + ' to ' + measure.high;
+  document.getElementById('meaning').textContent = measure.title + ': ' + measure.sentence;
+  document.getElementById('low').textContent = measure.low;
+  document.getElementById('high').textContent = measure.high;
   for (const cell of cells) {
     const [text, share] = measure.cells[cell.dataset.layer];
     cell.textContent = text || '–';
     cell.style.setProperty('--v', share);
-    cell.className = share > .72 ? 'strong' : share > .52 ? 'mid' : '';
+    cell.className = share > .76 ? 'strong' : share > .51 ? 'mid' : '';
     cell.setAttribute('aria-label', data.layers[cell.dataset.layer].name + ': ' + (text || 'unknown'));
   }
 }
@@ -79,7 +95,7 @@ function chart(title, spectrum, name) {
     + ', stable rank ' + spectrum.stable_rank.toPrecision(3);
   caption.append(make('span', {}, facts));
   if (!values.length) return figure;
-  const W = 320, H = 200, L = 46, B = 24, last = values.length - 1, ticks = [];
+  const W = 320, H = 216, L = 58, B = 40, last = values.length - 1, ticks = [];
   for (let power = Math.floor(Math.log10(values[last])); power <= Math.ceil(Math.log10(values[0])); power++)
     for (const digit of [1, 2, 5]) ticks.push([Math.log10(digit) + power, digit + 'e' + power]);
   const low = ticks.findLastIndex(tick => tick[0] <= Math.log10(values[last]) + 1e-9);
@@ -95,7 +111,9 @@ function chart(title, spectrum, name) {
     put('text', {x: L - 5, y: y(ticks[k][0]) + 4, 'text-anchor': 'end'}, ticks[k][1]);
   }
   for (const i of new Set([0, Math.floor(last / 2), last]))
-    put('text', {x: x(i), y: H - 6, 'text-anchor': i == last && i ? 'end' : i ? 'middle' : 'start'}, i + 1);
+    put('text', {x: x(i), y: H - 24, 'text-anchor': i == last && i ? 'end' : i ? 'middle' : 'start'}, i + 1);
+  put('text', {x: (L + W) / 2, y: H - 6, 'text-anchor': 'middle'}, 'number, in descending order');
+  put('text', {transform: `translate(11 ${(H - B) / 2}) rotate(-90)`, 'text-anchor': 'middle'}, 'singular value');
   const points = values.map((value, i) => [x(i), y(Math.log10(value))]);
   put('polyline', {points: points.join(' '), style: `stroke: var(--${name})`});
   for (const [cx, cy] of points) put('circle', {cx, cy, r: 2, style: `fill: var(--${name})`});
@@ -148,8 +166,13 @@ def page(report: Report, title: str = "adapter") -> str:
     options = "".join(
         f'<option value="{key}">{escape(measure["meaning"])}</option>' for key, measure in data["measures"].items()
     )
-    norm = report.relative_norm
-    overall = "" if norm is None else f", the update has {norm:.2e} of W₀’s norm overall"
+    base, revision = report.config.get("base_model_name_or_path"), report.config.get("revision")
+    facts = {
+        "Base model": (base if isinstance(base, str) and base else "not named by the adapter"),
+        **({"Revision": revision} if isinstance(revision, str) and revision else {}),
+        "Date": date.today().isoformat(),
+        **({"Note": "; ".join(report.notes)} if report.notes else {}),
+    }
     shown = data["measures"][first]
     config = escape(printable_lines(json.dumps(report.config, indent=1)))
     return f"""<!DOCTYPE html>
@@ -157,14 +180,19 @@ def page(report: Report, title: str = "adapter") -> str:
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
 <title>{escape(printable(title))}, inspected</title><style>{_STYLE}</style></head><body>
 <h1>{escape(printable(title))}</h1>
-<p>W′ = W₀ ⊙ (1 + BA): {len(report.layers)} modules, {report.parameters:,} parameters{overall}.</p>
+<p>What the adapter did: W′ = W₀ ⊙ (1 + BA), layer by layer.</p>
+{_listed(facts)}
+<p class="words">{escape(" ".join(in_words(report)))}</p>
 <h2>Layers and modules</h2>
 <p><label for="measure">Colour by </label><select id="measure">{options}</select></p>
-<p id="meaning" aria-live="polite">{escape(f"{shown['title']}, from {shown['low']} to {shown['high']}")}</p>
+<p id="meaning" aria-live="polite">{escape(f"{shown['title']}: {shown['sentence']}")}</p>
+<div class="scale"><span id="low">{shown["low"]}</span><i></i><span id="high">{shown["high"]}</span></div>
 <noscript><p>Scripts are off: the map shows {escape(shown["meaning"])} only.</p></noscript>
 <div class="scroll">{_map(report, data, first)}</div>
 <section id="live" hidden aria-live="polite"><h2 id="chosen"></h2><p id="facts"></p>
-<div id="charts"></div><p>Singular values in descending order, on a logarithmic scale.</p></section>
+<div id="charts"></div><p>Singular values on a logarithmic scale, the largest 64.</p></section>
+<h2>What the numbers are</h2>
+{_listed({measure.title: measure.sentence for measure in measures(report).values()}, "meanings")}
 <details><summary>All numbers</summary><div class="scroll">{_numbers(report)}</div></details>
 <details><summary>Configuration</summary><pre>{config}</pre></details>
 <script type="application/json" id="data">{_embedded(data)}</script>
@@ -173,8 +201,9 @@ def page(report: Report, title: str = "adapter") -> str:
 
 
 def write_page(report: Report, path: Path, title: str = "adapter") -> None:
-    """Write the page to a file."""
-    path.write_text(page(report, title), encoding="utf-8")
+    """Write the page to a file; a HiraError if it cannot be written."""
+    with explained(path):
+        path.write_text(page(report, title), encoding="utf-8")
 
 
 def _data(report: Report) -> dict[str, Any]:
@@ -185,7 +214,7 @@ def _data(report: Report) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         low, span = min(known), max(known) - min(known)
         found["measures"][key] = {
-            **{"title": measure.title, "meaning": measure.meaning},
+            **{"title": measure.title, "meaning": measure.meaning, "sentence": measure.sentence},
             **{"low": format(low, measure.form), "high": format(low + span, measure.form)},
             "cells": [
                 [written(measure, layer), 0 if value is None or not span else round((value - low) / span, 4)]
@@ -211,6 +240,12 @@ def _embedded(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _listed(texts: dict[str, str], kind: str = "facts") -> str:
+    """A list of names and what they tell."""
+    rows = (f"<dt>{escape(printable(name))}</dt><dd>{escape(printable(text))}</dd>" for name, text in texts.items())
+    return f'<dl class="{kind}">{"".join(rows)}</dl>'
+
+
 def _map(report: Report, data: dict[str, Any], first: str) -> str:
     rows, columns, cells = grid(report)
     lines = ["".join(f'<th scope="col">{escape(printable(column))}</th>' for column in columns)]
@@ -221,12 +256,12 @@ def _map(report: Report, data: dict[str, Any], first: str) -> str:
             line += "<td></td>" if index is None else f"<td>{_cell(data, first, index)}</td>"
         lines.append(line)
     body = "".join(f"<tr>{line}</tr>" for line in lines[1:])
-    return f'<table id="map"><thead><tr><td></td>{lines[0]}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table id="map"><thead><tr><td>layer ↓ module →</td>{lines[0]}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _cell(data: dict[str, Any], first: str, index: int) -> str:
     text, share = data["measures"][first]["cells"][index]
-    style = f'class="{"strong" if share > 0.72 else "mid" if share > 0.52 else ""}" style="--v:{share}"'
+    style = f'class="{"strong" if share > 0.76 else "mid" if share > 0.51 else ""}" style="--v:{share}"'
     label = escape(f"{data['layers'][index]['name']}: {text or 'unknown'}")
     return f'<button type="button" {style} data-layer="{index}" aria-label="{label}">{text or "–"}</button>'
 
