@@ -213,8 +213,13 @@ class MergeableLayer(BaseTunerLayer):
         storage = self.storage
         written, version = storage.identity()
         if written is record.written and version == record.version:
-            # another tuner adds to what was written
-            if not by_value or self.others_merged or isinstance(self.base_layer, BaseTunerLayer):
+            # another tuner adds to what was written, and a library repacks a quantised weight
+            if (
+                not by_value
+                or not storage.takes_dense
+                or self.others_merged
+                or isinstance(self.base_layer, BaseTunerLayer)
+            ):
                 return
             weight = storage.read()
             if _kind(weight) != record.kind or _fingerprint(weight) == record.fingerprint:
