@@ -54,9 +54,9 @@ class Workspace:
 
     def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._kept = False  # until there is memory to give back
         limit = paths.block_entries(W0.device)
         entries = min(W0.numel(), max(limit, *W0.shape))
-        self._kept = False
         kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)
         take = scratch.take if kept else partial(_fresh, W0)
         exact = formation_dtype(W0.dtype)
