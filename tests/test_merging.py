@@ -482,6 +482,50 @@ def test_a_base_weight_loaded_while_merged_is_kept(kind, assign):
     assert torch.equal(layer.get_base_layer().weight, other["weight"])
 
 
+WRITES = {
+    "an entry": lambda weight: weight.data.view(-1)[1].add_(1),
+    "two rows exchanged": lambda weight: weight.data.copy_(weight.data[[1, 0, *range(2, len(weight))]].clone()),
+    "all by NumPy": lambda weight: weight.detach().numpy().__imul__(2),
+    "other data": lambda weight: setattr(weight, "data", weight.data * 3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_past_the_version_counter_while_merged_is_kept(kind, dtype, write):
+    layer = adapted(kind, dtype)
+    layer.merge()
+    write(layer.get_base_layer().weight)
+    written = layer.get_base_layer().weight.detach().clone()
+    with pytest.warns(UserWarning, match="was replaced while"):
+        layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, written)
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.bfloat16, torch.float32], [torch.float16, torch.float32]])
+def test_a_cast_while_merged_is_no_other_weight(dtypes, recwarn):
+    layer = adapted("linear")
+    W0 = layer.get_base_layer().weight.detach().clone()
+    layer.merge()
+    for dtype in dtypes:
+        layer.to(dtype)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, W0.to(dtypes[-1]))
+    assert not [w for w in recwarn if "replaced" in str(w.message)]
+
+
+def test_factors_that_change_while_merged_are_no_other_weight(recwarn):
+    layer = adapted("linear")
+    W0 = layer.get_base_layer().weight.detach().clone()
+    layer.merge()
+    layer.hira_B["default"].data.mul_(2)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, W0)
+    assert not [w for w in recwarn if "replaced" in str(w.message)]
+
+
 def test_a_base_weight_loaded_between_two_merges_is_the_base_of_the_second():
     layer = several()
     layer.merge(adapter_names=["a"])

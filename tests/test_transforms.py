@@ -198,6 +198,30 @@ def test_export(name, dtype, form):
         torch.testing.assert_close(program.module()(other), model(other))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv"])
+def test_jit_trace_in_half_precision(name, dtype):
+    """With the dither."""
+    model, x = made(name, dtype)
+    model = model.base_model.model
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_in_half_precision(dynamo, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = made("linear", torch.float16)
+    model, path = model.base_model.model, str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"])
+    (found,) = ReferenceEvaluator(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("form", ["adapted", "merged"])
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("name", MODELS)

@@ -24,7 +24,8 @@ class _Record(NamedTuple):
     written: Any
     version: int
     kind: tuple[torch.dtype, torch.device]
-    fingerprint: int
+    fingerprint: int | None  # none of a quantised weight, whose library may change its codes
+    factors: list[Tensor]  # copies of A and B; none where no adapter was merged
 
 
 class MergeableLayer(BaseTunerLayer):
@@ -84,7 +85,7 @@ class MergeableLayer(BaseTunerLayer):
         if self._record is None:
             original = self.storage.snapshot()
             self._write_merged([], original)
-            self._record = self._recorded(original)
+            self._record = self._recorded(original, [])
 
     def _read_original(self) -> Tensor:
         """W0, dense, whether adapters are merged or not."""
@@ -113,8 +114,9 @@ class MergeableLayer(BaseTunerLayer):
         if safe_merge:
             self.check_merge(names)
         original = self._record.original if self._record else self.storage.snapshot()
-        self._write_merged([*self.merged_adapters, *names], original)
-        self._record = self._recorded(original)
+        factors = self._copies([*self.merged_adapters, *names])
+        self._write_merged(factors, original)
+        self._record = self._recorded(original, factors)
         self.merged_adapters.extend(names)
         self.merged_scaling.update({name: self.scaling[name] for name in names})
 
@@ -168,7 +170,7 @@ class MergeableLayer(BaseTunerLayer):
             if safe_merge:
                 self.check_merge(names)
             original = self._record.original if self._record else self.storage.snapshot()
-            self._write_merged([*self.merged_adapters, *names], original)
+            self._write_merged(self._copies([*self.merged_adapters, *names]), original)
         self._forget_merge()
         base: nn.Module = self.get_base_layer()
         return base
@@ -176,15 +178,15 @@ class MergeableLayer(BaseTunerLayer):
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         return self._present(check_adapters_to_merge(self, adapter_names))
 
-    def _write_merged(self, names: list[str], original: Any) -> None:
-        """Write W' of some adapters over the original weight, or leave the present one if that fails."""
+    def _write_merged(self, factors: Sequence[Tensor], original: Any) -> None:
+        """Write W' for A and B, or W0 for none, over the original weight, or leave the present one if that fails."""
         storage, present = self.storage, self.storage.snapshot()
         try:
             storage.restore(original)
             # what is written in inference mode could not be trained on or versioned after it
             with torch.inference_mode(False), torch.no_grad():
                 W0 = storage.read()
-                storage.write(self._effective_weight(W0, *self._factors(names)) if names else W0.clone())
+                storage.write(self._effective_weight(W0, *factors) if factors else W0.clone())
         except BaseException:
             storage.restore(present)
             raise
@@ -213,13 +215,8 @@ class MergeableLayer(BaseTunerLayer):
         storage = self.storage
         written, version = storage.identity()
         if written is record.written and version == record.version:
-            # another tuner adds to what was written, and a library repacks a quantised weight
-            if (
-                not by_value
-                or not storage.takes_dense
-                or self.others_merged
-                or isinstance(self.base_layer, BaseTunerLayer)
-            ):
+            shared = self.others_merged or isinstance(self.base_layer, BaseTunerLayer)  # others add to what was written
+            if not by_value or shared or record.fingerprint is None:
                 return
             weight = storage.read()
             if _kind(weight) != record.kind or _fingerprint(weight) == record.fingerprint:
@@ -228,11 +225,12 @@ class MergeableLayer(BaseTunerLayer):
         storage.restore(record.original)
         is_original = torch.equal(storage.read(), found)
         storage.restore(present)
-        self._write_merged(self.merged_adapters, record.original)
+        factors = self._copies(self.merged_adapters) if is_original else [f.to(found.device) for f in record.factors]
+        self._write_merged(factors, record.original)
         written = storage.read()
         # what was written may have been cast back and forth since
         if is_original or any(torch.equal(written.to(dtype).to(found.dtype), found) for dtype in DENSE_DTYPES):
-            self._record = self._recorded(record.original)
+            self._record = self._recorded(record.original, factors)
         else:
             storage.restore(present)
             warnings.warn(
@@ -242,9 +240,16 @@ class MergeableLayer(BaseTunerLayer):
             )
             self._forget_merge()
 
-    def _recorded(self, original: Any) -> _Record:
-        weight = self.storage.read()
-        return _Record(original, *self.storage.identity(), _kind(weight), _fingerprint(weight))
+    def _copies(self, names: list[str]) -> list[Tensor]:
+        """A and B of some adapters, joined, as they are now; nothing for no adapter."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [factor.clone() for factor in self._factors(names)] if names else []
+
+    def _recorded(self, original: Any, factors: list[Tensor]) -> _Record:
+        storage = self.storage
+        weight = storage.read()
+        fingerprint = _fingerprint(weight) if storage.takes_dense else None
+        return _Record(original, *storage.identity(), _kind(weight), fingerprint, factors)
 
     def _forget_merge(self) -> None:
         self._record = None

@@ -196,6 +196,11 @@ def test_in_half_precision_plain_weights_are_those_of_blocks(dtype):
         0,
         torch.tensor([float("inf"), float("nan"), -torch.finfo(dtype).max, torch.finfo(dtype).tiny / 4]),
     )
+    near = torch.arange(-64, 64).float()[None] / 2**14  # around powers of two, from both sides
+    powers, ones = (2.0 ** torch.arange(-20, 12).repeat_interleave(4)).repeat(5, 1).to(dtype), torch.ones(5, 1)
+    for W in (powers, -powers):
+        found = torch.func.vmap(lambda f, W=W: modulated_weight(W, f, ones))(near[None])[0]
+        assert torch.equal(found, modulated_weight(W, near, ones))
     plain = torch.func.vmap(lambda _: modulated_weight(W0, A, B))(torch.zeros(1))[0]
     assert torch.equal(plain.view(torch.int16), modulated_weight(W0, A, B).view(torch.int16))
     ids = torch.arange(65)

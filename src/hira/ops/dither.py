@@ -7,7 +7,8 @@ below demands, over the entries of a weight, and always in the same way. The arg
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
-    """What `round_into` gives, by plain operations; derivatives are those of a cast.
+    """What `round_into` gives, by plain arithmetic without bits; derivatives are those of a cast.
 
     Args:
         exact: (m, n), float32.
@@ -71,14 +72,23 @@ def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
         (m, n), of dtype.
     """
     fixed, limits = exact.detach(), torch.finfo(dtype)
-    added = noise.rows[:, None] * noise.columns
+    size = fixed.abs().double()
+    product = noise.rows.double()[:, None] * noise.columns.double()
+    added = product - 2.0**16 * torch.floor((product + 2.0**15) / 2.0**16)  # wrapped to 16 bits
+    dropped = 2.0**16
     if dtype == torch.float16:
-        added = (added >> 3) | 1
-    size = fixed.abs()
-    noisy = (fixed.view(torch.int32) + added).view(torch.float32).to(dtype).to(torch.float32)
+        added, dropped = 2 * torch.floor(added / 2.0**4) + 1, 2.0**13
+    large = size * 2.0**52
+    power = (large + size) - large  # size rounded to one digit
+    power = torch.where(power > size, power / 2, power)
+    unit = power * limits.eps
+    below = torch.floor(size / unit)
+    part = size / unit - below + added / dropped
+    up = (part > 0.5) | ((part == 0.5) & (torch.remainder(below, 2) == 1))
+    noisy = torch.where(fixed < 0, -1.0, 1.0) * (below + up.double()) * unit
     # the difference is a number of float32: both are of one size
-    step = torch.where((size >= limits.tiny) & (size <= limits.max), noisy - fixed, 0)
-    return (exact + step).to(dtype)
+    ordinary = (size >= limits.tiny) & (size <= limits.max)
+    return (exact + torch.where(ordinary, noisy - fixed, 0.0).to(exact.dtype)).to(dtype)
 
 
 def _can_look(tensor: Tensor) -> bool:
@@ -102,7 +112,9 @@ _vectors: dict[tuple[torch.device, int], Tensor] = {}
 
 def _hashes(W0: Tensor, dim: int, salt: int) -> Tensor:
     length = W0.shape[dim]
-    if not is_concrete(W0) or paths.plain():
+    if paths.plain():  # a constant for those who trace
+        return torch.tensor(_numbers(length, salt), dtype=torch.int16, device=W0.device)
+    if not is_concrete(W0):
         return hashes(torch.arange(length, device=W0.device), salt)
     vector = _vectors.get((W0.device, salt))
     if vector is None or len(vector) < length:
@@ -111,10 +123,21 @@ def _hashes(W0: Tensor, dim: int, salt: int) -> Tensor:
     return vector[:length]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache(64)
+def _numbers(length: int, salt: int) -> list[int]:
+    return [_hash(number, salt) for number in range(length)]
+
+
 def hashes(numbers: Tensor, salt: int) -> Tensor:
     """Hash integers to odd 16-bit ones: multiplications and shifts that let every bit reach every other."""
+    hashed: Tensor = _hash(numbers, salt).to(torch.int16)
+    return hashed
+
+
+def _hash(numbers: Any, salt: int) -> Any:
     h = (numbers + salt) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     h = h ^ (h >> 16)
-    return ((h & 0xFFFF) - 0x8000 | 1).to(torch.int16)
+    return (h & 0xFFFF) - 0x8000 | 1
