@@ -254,12 +254,17 @@ def test_compiled_transforms():
 
 
 def test_transforms_in_threads():
-    make, x = [made("linear") for _ in range(4)], torch.randn(5, 4, dtype=torch.float64)
-    wanted = [gradients(model, x) for model, _ in make]
+    """Each with a model of its own, as `functional_call` exchanges the parameters of a model for the time of a call."""
+    models, x = [made("linear")[0] for _ in range(4)], torch.randn(5, 4, dtype=torch.float64)
+    wanted = [gradients(model, x) for model in models]
+
+    def work(model):
+        return [grad(lambda f: loss(model, f, x))(trained(model)) for _ in range(20)]
+
     with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda one: grad(lambda f: loss(one[0], f, x))(trained(one[0])), make * 4)
-        for f, w in zip(found, wanted * 4, strict=True):
-            assert_same(f, w)
+        for found, right in zip(threads.map(work, models), wanted, strict=True):
+            for one in found:
+                assert_same(one, right)
 
 
 def test_mixed_batches_of_single_tokens():
