@@ -108,7 +108,7 @@ def test_another_repository_of_the_hub(tmp_path):
     base = snapshot(tmp_path, "org/Model-8B")
     adapter = adapter_of(tmp_path / "adapter", "org/Other-8B")
     refused(r"trained on org/Other-8B, and .* is org/Model-8B", base, adapter, out=tmp_path / "out")
-    cached = "/root/hub/models--org--Third/snapshots/" + COMMITS[1]
+    cached = "/cache/hub/models--org--Third/snapshots/" + COMMITS[1]
     third = adapter_of(tmp_path / "third", cached)
     with pytest.raises(HiraError, match=r"trained on org/Third, and .* is org/Model-8B"):
         merge_checkpoint(base, third, tmp_path / "out3")
