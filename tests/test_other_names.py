@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 
 import peft
@@ -406,6 +407,22 @@ def test_experts_of_different_ranks_are_refused(tmp_path):
     with pytest.raises(HiraError, match=r"gate_up_proj.*ranks"):
         hira.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("factor", ["hira_A", "hira_B"])
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_an_expert_that_lacks_a_factor_is_refused(architecture, factor, tmp_path):
+    old_adapter(architecture, tmp_path / "adapter")
+    file = tmp_path / "adapter" / TENSORS
+    tensors = load_file(file)
+    lost = next(key for key in tensors if ".experts.1." in key and key.endswith(factor))
+    del tensors[lost]
+    save_file(tensors, file)
+    base = EXPERTS[architecture][0]()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(HiraError, match=re.escape(lost)):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert [name for name, _ in base.named_modules()] == before
 
 
 def test_a_router_and_all_linear():

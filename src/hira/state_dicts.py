@@ -145,7 +145,14 @@ def _converted(model: Any, tensors: dict[str, Tensor], names: Mapping[str, str],
             for key in [key for key in tensors if key.rpartition(".")[0] == modules[0][0]]:
                 converted[f"{new}.{key.rpartition('.')[2]}"] = converted.pop(key)
         elif prefix + name in wrappers:
-            pairs = [[(converted.pop(f"{m}.hira_A"), converted.pop(f"{m}.hira_B")) for m in each] for each in modules]
+            keys = [[(f"{module}.hira_A", f"{module}.hira_B") for module in each] for each in modules]
+            absent = [key for each in keys for pair in each for key in pair if key not in converted]
+            if absent:
+                raise HiraError(
+                    f"The checkpoint lacks {', '.join(absent[:5])}, of experts that {name} holds. Nothing was loaded: "
+                    "the file is not complete, copy or download it again."
+                )
+            pairs = [[(converted.pop(A), converted.pop(B)) for A, B in each] for each in keys]
             joined = stacked(name, pairs)
             for factor, value in zip(("hira_A", "hira_B"), joined, strict=True):
                 converted[f"{wrappers[prefix + name]}.{factor}"] = value
