@@ -19,14 +19,14 @@ from typing import Any
 import matplotlib
 import tiny_lm
 import torch
+from benchmarks.comparison.report import machine
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import hira
-from hira.bench.report import machine
-from hira.ops import modulated_weight, paths
+from hira.ops import heuristics, modulated_weight
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -64,7 +64,7 @@ def run(base: nn.Module, arm: str, rate: float, seed: int, text: Tensor, validat
     bare = tiny_lm.bare()
     bare.load_state_dict(base.state_dict())
     bare = bare.to(torch.float32 if arm == FLOAT32 else torch.bfloat16)
-    paths.DITHER = arm == DITHER
+    heuristics.DITHER = arm == DITHER
     if arm == PEFT:
         hira.unregister()
     from peft import HiraConfig
@@ -82,7 +82,7 @@ def run(base: nn.Module, arm: str, rate: float, seed: int, text: Tensor, validat
 @torch.no_grad()
 def kept(model: nn.Module, dither: bool) -> float:
     """The update that W' in bfloat16 has, projected on W0 * BA, over all layers: 1 if rounding loses nothing."""
-    paths.DITHER = dither
+    heuristics.DITHER = dither
     along = size = 0.0
     for layer in model.modules():
         if isinstance(layer, hira.Linear):

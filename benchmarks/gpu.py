@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import comparison
+from benchmarks.comparison.report import machine
 from rich.console import Console
 from torch import Tensor
 
-from hira import bench
-from hira.bench.report import machine
-from hira.ops import cuda, modulate, paths, reference
+from hira.ops import effective_weight, heuristics, reference, triton
 from hira.ops.dither import noise_of
 
 SECONDS = 520  # after which no further case is begun
@@ -41,24 +41,24 @@ def main(out: Path) -> None:
     measured = {"machine": machine("cuda"), "errors": errors, "kernels": time_kernels()}
     (out / "kernels.json").write_text(json.dumps(measured, indent=1) + "\n")
     print(json.dumps(measured["kernels"], indent=1))
-    options = bench.Options("cuda", torch.bfloat16, only=CASES)
-    records: dict[bool, list[bench.Record]] = {False: [], True: []}
-    for case in bench.cases(options):
+    options = comparison.Options("cuda", torch.bfloat16, only=CASES)
+    records: dict[bool, list[comparison.Record]] = {False: [], True: []}
+    for case in comparison.cases(options):
         for kernels in records:
             if time.perf_counter() - start > SECONDS:
                 print(f"out of time before {case.name}")
                 return
             switch(kernels)
-            records[kernels] += bench.run(case)
-            bench.save(records[kernels], options, out / ("triton.json" if kernels else "pytorch.json"))
+            records[kernels] += comparison.run(case)
+            comparison.save(records[kernels], options, out / ("triton.json" if kernels else "pytorch.json"))
     for kernels, found in records.items():
         print("with the kernels" if kernels else "without them")
-        Console().print(bench.tables(found))
+        Console().print(comparison.tables(found))
 
 
 def switch(kernels: bool) -> None:
     """Switch the kernels on or off here, and in the processes that measure memory."""
-    paths.TRITON = kernels
+    heuristics.TRITON = kernels
     os.environ["HIRA_TRITON"] = "1" if kernels else "0"
 
 
@@ -94,19 +94,19 @@ def kernel_errors(out: int, into: int, r: int, dtype: torch.dtype, device: str) 
     A, B = (randn(r, into) / r).to(device), (randn(out, r) / 10).to(device)
     x, dy = randn(40, into).to(device, dtype), randn(40, out).to(device, dtype)
     exact = reference.modulated_weight(W0.double(), A.double(), B.double())
-    yield "form", distance(cuda.form(W0, A, B, dtype), exact)
+    yield "form", distance(triton.form(W0, A, B, dtype), exact)
     if dtype != torch.float32:
-        yield "dither", distance(cuda.form(W0, A, B, dtype, noise=noise_of(W0)), exact)
+        yield "dither", distance(triton.form(W0, A, B, dtype, noise=noise_of(W0)), exact)
     G = (dy.double().t() @ x.double()) * W0.double()
-    dA, dB = cuda.factor_gradients(dy, x, W0, A, B)
+    dA, dB = triton.factor_gradients(dy, x, W0, A, B)
     yield "factor_gradients", max(distance(dA, B.double().t() @ G), distance(dB, G @ A.double().t()))
     for tokens in (1, 5, 16):
-        yield "decode", distance(cuda.decode(x[:tokens], W0, A[None], B[None]), x[:tokens].double() @ exact.t())
+        yield "decode", distance(triton.decode(x[:tokens], W0, A[None], B[None]), x[:tokens].double() @ exact.t())
     owners = torch.arange(16, device=device) % 3 - 1
     As, Bs = torch.stack([A, 2 * A]), torch.stack([B, B])
     weights = [W0.double(), exact, reference.modulated_weight(W0.double(), 2 * A.double(), B.double())]
     right = torch.stack([x[t].double() @ weights[int(owner) + 1].t() for t, owner in enumerate(owners)])
-    yield "decode", distance(cuda.decode(x[:16], W0, As, Bs, owners), right)
+    yield "decode", distance(triton.decode(x[:16], W0, As, Bs, owners), right)
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
@@ -128,15 +128,15 @@ def time_kernels(size: int = 8192, r: int = 32, tokens: int = 4096) -> dict[str,
     both, once = 2 * W0.nbytes, W0.nbytes
     measured = {
         "copy": speed(lambda: copy.copy_(W0), both),
-        "form": speed(lambda: cuda.form(W0, A, B, torch.bfloat16), both),
-        "form, dithered": speed(lambda: cuda.form(W0, A, B, torch.bfloat16, noise=noise), both),
-        "form by PyTorch": speed(lambda: modulate.form(W0, A, B, torch.bfloat16), both),
-        "factor gradients": speed(lambda: cuda.factor_gradients(dy, x, W0, A, B)),
+        "form": speed(lambda: triton.form(W0, A, B, torch.bfloat16), both),
+        "form, dithered": speed(lambda: triton.form(W0, A, B, torch.bfloat16, noise=noise), both),
+        "form by PyTorch": speed(lambda: effective_weight.form(W0, A, B, torch.bfloat16), both),
+        "factor gradients": speed(lambda: triton.factor_gradients(dy, x, W0, A, B)),
         "factor gradients by PyTorch": speed(lambda: linear.linear_factor_gradients(dy, x, W0, A, B, None)),
         "product dy^T x alone, by cuBLAS": speed(lambda: dy.t() @ x),
-        "decode, 1 token": speed(lambda: cuda.decode(x[:1], W0, A[None], B[None]), once),
-        "decode, 16 tokens": speed(lambda: cuda.decode(x[:16], W0, A[None], B[None]), once),
-        "decode, 16 tokens of 16 adapters": speed(lambda: cuda.decode(x[:16], W0, As, Bs, owners), once),
+        "decode, 1 token": speed(lambda: triton.decode(x[:1], W0, A[None], B[None]), once),
+        "decode, 16 tokens": speed(lambda: triton.decode(x[:16], W0, A[None], B[None]), once),
+        "decode, 16 tokens of 16 adapters": speed(lambda: triton.decode(x[:16], W0, As, Bs, owners), once),
         "x W0^T alone, 1 token, by cuBLAS": speed(lambda: x[:1] @ W0.t(), once),
     }
     fastest = measured["copy"]["GB/s"]

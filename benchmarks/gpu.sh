@@ -13,7 +13,7 @@ pack)
         . peft accelerate psutil typer rich markdown-it-py mdurl pygments click shellingham
     ;;
 run)
-    PYTHONPATH="$PWD/gpu-files${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python3}" benchmarks/gpu.py "${2:?a folder}"
+    PYTHONPATH="$PWD/gpu-files:$PWD${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python3}" benchmarks/gpu.py "${2:?a folder}"
     ;;
 *)
     sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2

@@ -27,13 +27,13 @@ from unittest.mock import patch
 import matplotlib
 import tiny_lm
 import torch
+from benchmarks.comparison.report import machine
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import hira
-from hira.bench.report import machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "docstrings"))
 from transformers import DataCollatorWithPadding

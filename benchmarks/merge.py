@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from benchmarks.comparison.report import machine
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -38,8 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import hira
-from hira.bench.report import machine
-from hira.checkpoint.header import TensorEntry, entry_of, header_bytes, in_safetensors_order, read_header, tensor_bytes
+from hira.files.header import TensorEntry, entry_of, header_bytes, in_safetensors_order, read_header, tensor_bytes
 
 CP, HIRA, PEFT = "cp -r", "hira merge", "PEFT's HiRA"
 RESULTS = Path(__file__).parent / "results" / "merge.json"

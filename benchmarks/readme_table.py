@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hira import bench
-from hira.bench.report import by_case, find, ratio
+from benchmarks import comparison
+from benchmarks.comparison.report import by_case, find, ratio
 
 ROOT = Path(__file__).parent.parent
 README, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.png"
@@ -16,7 +16,7 @@ COLUMNS = ("hira", "hira, int8 gradient", "PEFT's HiRA", "DoRA", "full fine-tuni
 
 def rows() -> list[str]:
     """The table in Markdown: LoRA's times and peaks of memory, the others' as multiples of these."""
-    records = [record for path in RESULTS for record in bench.load(path)[0]]
+    records = [record for path in RESULTS for record in comparison.load(path)[0]]
     lines = [f"| | LoRA | {' | '.join(f'{name} / LoRA' for name in COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for case, group in by_case(records).items():
         lora = find(group, "LoRA")
@@ -29,7 +29,7 @@ def rows() -> list[str]:
     return lines
 
 
-def _cell(record: bench.Record, lora: bench.Record) -> str:
+def _cell(record: comparison.Record, lora: comparison.Record) -> str:
     return "wrong" if record.wrong else ratio(record.median_ms, lora.median_ms)
 
 
@@ -42,4 +42,4 @@ def with_table(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(with_table(README.read_text()))
-    bench.plot(bench.load(RESULTS[0])[0], PICTURE)
+    comparison.plot(comparison.load(RESULTS[0])[0], PICTURE)

@@ -151,7 +151,7 @@ def _adapted_after_fully_shard() -> str:
         fully_shard(block)
     fully_shard(model)
     error = _error(lambda: adapted(model, "llama"))
-    assert not hira.model.hira_layers(model)
+    assert not hira.tuner.model.hira_layers(model)
     return error
 
 
@@ -185,7 +185,7 @@ def _started_apart() -> list[Tensor]:
     """A and B of an adapter that each process had started by its own seed."""
     run = _mode("tensor parallelism, `parallelize_module` after adapting")
     torch.manual_seed(dist.get_rank())
-    for layer in hira.model.hira_layers(run.model):
+    for layer in hira.tuner.model.hira_layers(run.model):
         layer.reset_hira_parameters("default", "gaussian")
     run.model(input_ids=batch(0))
     parts = []

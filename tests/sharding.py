@@ -155,7 +155,7 @@ def fsdp2(
     model = adapted(base_model(kind, dtype), kind, adapters)
     checkpointing(model, checkpoint)
     if own:
-        for layer in hira.model.hira_layers(model):
+        for layer in hira.tuner.model.hira_layers(model):
             fully_shard(layer.get_base_layer())
     for block in blocks(model):
         fully_shard(block)
@@ -416,7 +416,7 @@ def watched(model: Any) -> Iterator[Watch]:
     import sys
 
     linear: Any = sys.modules["hira.ops.linear"]
-    watch = Watch(hira.model.hira_layers(model))
+    watch = Watch(hira.tuner.model.hira_layers(model))
     names = ("linear_forward", "linear_input_gradient", "linear_factor_gradients")
     originals = {name: getattr(linear, name) for name in names}
 

@@ -46,7 +46,7 @@ def dense(layer: Any) -> Tensor:
 
 
 def adapted(base: Any) -> Any:
-    return hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R, init_weights=False))
+    return hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R, init_weights=False))
 
 
 @sizes

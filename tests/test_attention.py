@@ -283,7 +283,7 @@ def test_w_is_freed_after_the_forward(case, monkeypatch):
         storages.append(StorageWeakRef(found.weight.untyped_storage()))
         return found
 
-    monkeypatch.setattr(hira.attention, "formed", form)
+    monkeypatch.setattr(hira.layers.attention, "formed", form)
     options, inputs, others = CASES[case]
     model, _, _ = adapted(**options)
     outputs = model(*inputs(), **others())

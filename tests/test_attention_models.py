@@ -261,7 +261,7 @@ def test_dropout_of_a_second_adapter_is_refused():
 def test_attention_of_another_tuner_is_refused():
     lora = get_peft_model(Attending(), peft.LoraConfig(target_modules=["attn"])).base_model.model
     with pytest.raises(HiraError, match=r"is adapted by another tuner.*leave this module to one of the two"):
-        hira.dispatch.dispatch(lora.attn, "default", hira_config=config())
+        hira.layers.dispatch.dispatch(lora.attn, "default", hira_config=config())
 
 
 def test_a_mixed_batch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ def test_the_gpu_script_stops_at_a_wrong_kernel(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
     import gpu
 
-    form = gpu.cuda.form
-    monkeypatch.setattr(gpu.cuda, "form", lambda *a, **k: 1.001 * form(*a, **k))
+    form = gpu.triton.form
+    monkeypatch.setattr(gpu.triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
     with pytest.raises(SystemExit, match=r"form in torch\.float32 is off by 1\.0e-03, allowed .*; nothing is timed"):
         list(gpu.check_kernels(DEVICE))
 
@@ -54,7 +55,8 @@ def test_the_gpu_script_says_how_it_is_used():
     done = subprocess.run([FOLDER / "gpu.sh"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "gpu.sh run OUT" in done.stderr
-    done = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "gpu.py OUT" in done.stderr
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hira
 from hira import HiraError, ops
-from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+from hira.layers.bitsandbytes import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.ops import reference
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -227,7 +227,7 @@ def test_a_repacked_weight_is_merged_and_put_back(kind, double):
 def test_a_weight_that_was_repacked_before_it_is_adapted(kind, double):
     base = base_4bit(kind, double)
     W0 = repack(base)
-    layer: Any = hira.dispatch.dispatch(
+    layer: Any = hira.layers.dispatch.dispatch(
         base, "default", hira_config=hira.HiraConfig(r=R, init_weights=False, hira_dropout=0.5)
     )
     assert torch.equal(dense_weight(base), W0)
@@ -336,7 +336,7 @@ def test_a_dispatcher_without_bitsandbytes(monkeypatch):
 
 def test_an_8bit_layer_that_keeps_its_weight_in_floats():
     base = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=True)
-    layer: Any = hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
+    layer: Any = hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
     assert type(layer) is hira.Linear
 
 
@@ -347,7 +347,7 @@ def test_a_layer_that_is_quantised_after_it_was_adapted(bits):
         "8-bit": (bnb.nn.Linear8bitLt, {"has_fp16_weights": False}),
     }[bits]
     config = hira.HiraConfig(r=R, init_weights=False)
-    layer: Any = hira.dispatch.dispatch(cls(IN, OUT, **options), "default", hira_config=config)
+    layer: Any = hira.layers.dispatch.dispatch(cls(IN, OUT, **options), "default", hira_config=config)
     base, x = layer.get_base_layer(), torch.randn(4, IN)
     weight = base.weight
     message = (
@@ -373,7 +373,7 @@ def test_around_another_tuners_layer(bits):
     for name in ("lora_A", "lora_B"):
         nn.init.normal_(getattr(lora, name)["default"].weight, std=0.1)
     x = torch.randn(4, IN)
-    layer: Any = hira.dispatch.dispatch(lora, "h", hira_config=hira.HiraConfig(r=R, init_weights=False))
+    layer: Any = hira.layers.dispatch.dispatch(lora, "h", hira_config=hira.HiraConfig(r=R, init_weights=False))
     assert type(layer) is {"4-bit": Linear4bit, "8-bit": Linear8bitLt}[bits]
     update = F.linear(x, dense_weight(layer.get_base_layer()) * reference.delta(*factors(layer, "h")))
     torch.testing.assert_close(layer(x), lora(x) + update, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 
-import hira_cli
+import hira.cli
 
 # Says what a program sees of itself, and whose HiRA it gets; without a word about hira.
 SCRIPT = """
@@ -54,9 +54,9 @@ RAISES = "def f():\n    raise RuntimeError('from the script')\nf()"
 
 ISOLATED = f"""
 import sys
-sys.path.insert(0, {str(Path(hira_cli.__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(hira.cli.__file__).parents[1])!r})
 sys.argv[1:] = ["run", "programs/script.py", "7"]
-from hira_cli.app import main
+from hira.cli.app import main
 main()
 """
 
@@ -137,7 +137,7 @@ def test_a_module_sees_what_python_would_show_it(done):
 @pytest.mark.parametrize("command", ["script", "module"])
 def test_an_unmodified_program_gets_our_layers(done, command):
     seen = report(done[command])
-    assert seen["layer"] == seen["name of the layer under peft"] == "hira.layer"
+    assert seen["layer"] == seen["name of the layer under peft"] == "hira.layers.linear"
     assert seen["adapts"] is True
     stock = report(done["plain python"])
     assert stock["layer"] == stock["name of the layer under peft"] == "peft.tuners.hira.layer"
@@ -186,15 +186,15 @@ def test_env(done):
     assert rows["triton"] == "not installed" or rows["triton"][0].isdigit()
 
 
-@pytest.mark.parametrize("name", ["", "run", "env", "bench", "merge", "inspect", "verify", "convert"])
+@pytest.mark.parametrize("name", ["", "run", "env", "merge", "inspect", "verify", "convert"])
 def test_help_waits_for_nothing(name):
     """Importing hira takes seconds, so help must not; the fastest of three runs, which another process may slow."""
     command = name.split()
-    program = "import sys; from hira_cli.app import app; app(standalone_mode=False); print('MODULES', *sys.modules)"
+    program = "import sys; from hira.cli.app import app; app(standalone_mode=False); print('MODULES', *sys.modules)"
     python = [sys.executable, "-c", program, *command, "--help"]
     done = subprocess.run(python, capture_output=True, text=True, check=True)
     assert "Usage:" in done.stdout
-    assert not {"torch", "peft", "hira"} & set(done.stdout.partition("MODULES")[2].split())
+    assert not {"torch", "peft"} & set(done.stdout.partition("MODULES")[2].split())
 
     def seconds() -> float:
         begin = time.perf_counter()

@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_would_be_written(done, folder):
 def test_files_are_worked_on_without_peft(folder):
     """Its import takes longer than most of these commands."""
     code = """
-import sys, hira_cli.app as cli
+import sys, hira.cli.app as cli
 cli.app(sys.argv[1:], standalone_mode=False)
 before = "peft" in sys.modules
 import hira

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hira
 from hira import HiraConfig, HiraError
-from hira.attention import dispatch_attention
-from hira.dispatch import DISPATCHERS, dispatch, dispatch_default, dispatch_parameter
+from hira.layers.attention import dispatch_attention
+from hira.layers.dispatch import DISPATCHERS, dispatch, dispatch_default, dispatch_parameter
 
 CONFIG = HiraConfig(r=2, init_weights=False)
 SUPPORTED = (

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import hira
-from hira import HiraConfig, HiraError, ParamWrapper, lazy_weight, ops
-from hira.ops import modulate, paths, reference
+from hira import HiraConfig, HiraError, ParamWrapper, ops
+from hira.layers import lazy_weight
+from hira.ops import effective_weight, heuristics, reference
 
 E, R, HIDDEN, INTER = 4, 3, 32, 48
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -191,7 +192,7 @@ def test_stock_peft_says_that_it_does_not_know_the_field(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_merging_writes_the_weights_of_the_forward_and_back(kind, dtype, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 500)  # several blocks for each expert
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 500)  # several blocks for each expert
     model = adapt(model_of(kind, dtype))
     wrapper = wrapper_of(model)
     assert wrapper.hira_A["default"].dtype == torch.float32
@@ -481,7 +482,7 @@ def test_without_target_modules_the_architectures_are_adapted_where_it_has_some(
 
 def test_a_config_of_stock_peft_has_no_such_field():
     with stock_peft():
-        config = hira.registration.peft.HiraConfig(r=2, target_modules=["q_proj"])
+        config = hira.peft_integration.registration.peft.HiraConfig(r=2, target_modules=["q_proj"])
     assert not hasattr(config, "target_parameters")
     assert get_peft_model(model_of("mixtral"), config).base_model.targeted_module_names
 
@@ -491,7 +492,8 @@ def test_the_merged_weight_is_that_of_one_expert_at_a_time():
     A, B = wrapper._factors(["default"])
     found = wrapper._effective_weight(wrapper.storage.read(), A, B)
     assert all(
-        torch.equal(found[e], modulate.form(wrapper.storage.stored[e], A[e], B[e], torch.float32)) for e in range(E)
+        torch.equal(found[e], effective_weight.form(wrapper.storage.stored[e], A[e], B[e], torch.float32))
+        for e in range(E)
     )
 
 

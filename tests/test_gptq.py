@@ -23,13 +23,13 @@ def test_a_layer_that_was_packed_anew_for_inference_is_refused(case):
     with torch.no_grad():
         base(torch.randn(2, IN))
     with pytest.raises(HiraError, match=r"^This Torch\w+ was run in evaluation mode and packed its weight anew for"):
-        hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=2))
+        hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=2))
 
 
 @aten
 def test_an_adapted_layer_stays_readable_when_run_disabled(case):
     base = case.quantise(nn.Linear(IN, OUT))
-    layer = hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=2, init_weights=False)).eval()
+    layer = hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=2, init_weights=False)).eval()
     x = torch.randn(2, IN)
     with torch.no_grad():
         y = layer(x)

@@ -16,8 +16,9 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import hira
-from hira import HiraConfig, inference_cache
-from hira.ops import modulate
+from hira import HiraConfig
+from hira.layers import inference_cache
+from hira.ops import effective_weight
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +37,13 @@ def scope():
 @pytest.fixture
 def formed(monkeypatch):
     """The shapes of the weights that were formed, whole or a block at a time."""
-    shapes, block = [], modulate.block
+    shapes, block = [], effective_weight.block
 
     def counted(W0, *args, **kwargs):
         shapes.append(tuple(W0.shape))
         return block(W0, *args, **kwargs)
 
-    monkeypatch.setattr(modulate, "block", counted)
+    monkeypatch.setattr(effective_weight, "block", counted)
     monkeypatch.setattr(sys.modules["hira.ops.linear"], "block", counted)
     return shapes
 
@@ -183,7 +184,7 @@ def test_a_scope_ends_with_an_error_too_and_one_within_another_is_part_of_it(for
 def test_an_error_while_forming_leaves_no_bytes_behind(scope, monkeypatch):
     layer = adapted()
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(modulate, "form", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(effective_weight, "form", lambda *_: (_ for _ in ()).throw(MemoryError()))
         generate(layer)
     assert inference_cache.nbytes == 0
     generate(layer)
@@ -315,7 +316,7 @@ def test_threads_that_generate_at_once_stay_within_the_bound(monkeypatch):
     """All form weights at the same time: each has to reckon with those that are not formed yet."""
     threads, bound = 6, 4
     monkeypatch.setattr(inference_cache, "max_bytes", bound * 5 * 6 * 4)
-    barrier, form, most = threading.Barrier(threads), modulate.form, []
+    barrier, form, most = threading.Barrier(threads), effective_weight.form, []
 
     def slow(*args, **options):
         time.sleep(0.01)
@@ -323,7 +324,7 @@ def test_threads_that_generate_at_once_stay_within_the_bound(monkeypatch):
         most.append(inference_cache.nbytes)
         return weight
 
-    monkeypatch.setattr(modulate, "form", slow)
+    monkeypatch.setattr(effective_weight, "form", slow)
     layers = [adapted() for _ in range(threads)]
     wanted = [expected(layer, X) for layer in layers]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hira import HiraError, lazy_weight
-from hira.lazy_weight import Expert, LazyWeight
+from hira import HiraError
+from hira.layers import lazy_weight
+from hira.layers.lazy_weight import Expert, LazyWeight
 from hira.ops import reference
 
 E, OUT, IN, R, T = 4, 6, 8, 2, 5

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hira
 from hira import HiraError
-from hira.ops import modulate, paths, reference
+from hira.ops import effective_weight, heuristics, reference
 from hira.ops.workspace import formation_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
@@ -113,10 +113,10 @@ def layers(model: nn.Module) -> list[hira.HiraLayer]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_weight_is_that_of_the_forward_bit_for_bit(kind, dtype, block, monkeypatch):
     if block is not None:
-        monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", block)
+        monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", block)
     layer = adapted(kind, dtype)
     W0 = layer.get_base_layer().weight
-    assert block is None or len(list(modulate.row_blocks(layer.storage.read().flatten(1)))) > 1
+    assert block is None or len(list(effective_weight.row_blocks(layer.storage.read().flatten(1)))) > 1
     with torch.no_grad():
         expected = weight_of_forward(layer)
     layer.merge()
@@ -149,7 +149,7 @@ def test_the_merged_weight_is_that_of_the_reference(kind):
 @pytest.mark.parametrize("dither", [False, True])
 def test_a_bfloat16_merge_rounds_once(kind, dither, monkeypatch):
     """W' is a neighbour of the exact one, or the nearest, but for the float32 rounding of the modulation."""
-    monkeypatch.setattr(paths, "DITHER", dither)
+    monkeypatch.setattr(heuristics, "DITHER", dither)
     layer = adapted(kind, torch.bfloat16, r=4)
     W0 = layer.storage.read().detach().clone()
     A, B = (factors["default"].detach().mul_(0.25) for factors in layer._factor_dicts)

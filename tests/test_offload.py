@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hira import HiraConfig, HiraError, offload
-from hira.model import hira_layers
+from hira import HiraConfig, HiraError
+from hira.base_weights import offloaded
+from hira.tuner.model import hira_layers
 
 IDS = torch.randint(0, 48, (2, 7), generator=torch.Generator().manual_seed(5))
 
@@ -209,14 +210,14 @@ def test_experts_without_a_token_stay_away():
     model = adapt(cpu_offload(mixtral(), CPU), **EXPERTS, r=1)
     experts = model.base_model.model.model.layers[0].mlp.experts
     base, taken = experts.get_base_layer(), []
-    fetch = offload.Away.fetch
+    fetch = offloaded.Away.fetch
 
     def fetching(self: Any, placeholder: Tensor, index: Any = ...) -> Tensor:
         taken.append((self.name, index))
         return fetch(self, placeholder, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload.Away, "fetch", fetching)
+        patch.setattr(offloaded.Away, "fetch", fetching)
         x, ids, weights = torch.randn(3, 16), torch.tensor([[2], [0], [2]]), torch.rand(3, 1)
         storages = kept_for_backward(lambda: experts(x, ids, weights))
     assert set(taken) == {(name, e) for name in ("gate_up_proj", "down_proj") for e in (0, 2)}
@@ -249,7 +250,7 @@ class Counting(Mapping[str, Tensor]):
 def test_nothing_of_the_weights_size_is_kept_for_backward(layer, x):
     nbytes = layer.weight.nbytes
     model = adapt(cpu_offload(nn.Sequential(copy.deepcopy(layer)), CPU), target_modules=["0"], r=1)
-    hook = offload.source(model.base_model.model[0].base_layer)
+    hook = offloaded.source(model.base_model.model[0].base_layer)
     hook.weights_map = Counting(hook.weights_map)
     kept = []
 
@@ -387,7 +388,7 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     model = adapt(cpu_offload(llama(), CPU))
     before = logits(model)
     layers = hira_layers(model)
-    maps = [offload.source(layer.base_layer).weights_map for layer in layers]
+    maps = [offloaded.source(layer.base_layer).weights_map for layer in layers]
     with torch.no_grad():
         layers[-1]._factor_dicts[0]["default"].fill_(torch.inf)
     with pytest.raises(HiraError, match="NaNs detected"):
@@ -399,7 +400,7 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="on purpose"):
         model.merge_adapter()
     monkeypatch.undo()
-    assert all(offload.source(layer.base_layer).weights_map is kept for layer, kept in zip(layers, maps, strict=True))
+    assert all(offloaded.source(layer.base_layer).weights_map is kept for layer, kept in zip(layers, maps, strict=True))
     assert torch.equal(logits(model), before)
 
 

@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedd
 
 import hira
 from hira import HiraConfig
-from hira.ops import modulate
+from hira.ops import effective_weight
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -325,7 +325,7 @@ def test_nothing_weight_sized_is_kept_but_the_weight():
 @pytest.mark.parametrize("base", [output_hooked(nn.Embedding(9, 5)), Gemma3TextScaledWordEmbedding(9, 5, 0, 7.0)])
 def test_an_embedding_forms_the_rows_that_are_looked_up(base, monkeypatch):
     layer = hira.Embedding(base, "default", config())
-    monkeypatch.setattr(modulate, "form", lambda *_, **__: pytest.fail("the whole table was formed"))
+    monkeypatch.setattr(effective_weight, "form", lambda *_, **__: pytest.fail("the whole table was formed"))
     rows: list[int] = []
     ops = sys.modules["hira.ops.embedding"]
     modulation = ops._modulation

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hira
 from hira import HiraConfig, HiraError
-from hira.ops import modulate
+from hira.ops import effective_weight
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -259,7 +259,7 @@ def test_what_is_not_data_costs_nothing(kind, read, monkeypatch):
             return read(self.qkv.weight)
 
     model, plain = adapted(Case(Asking))
-    monkeypatch.setattr(modulate, "form", lambda *_, **__: pytest.fail("W' was formed"))
+    monkeypatch.setattr(effective_weight, "form", lambda *_, **__: pytest.fail("W' was formed"))
     assert model(vectors()) == plain(vectors())
 
 

@@ -1,11 +1,13 @@
 """`hira run`: a program and the processes that it starts run as under `python`, with hira registered.
 
-Most programs here import stand-ins for peft and hira, which take no time: what is tested is who imports what, and when.
+Most programs here import stand-ins for peft and for hira's registration, which take no time: what is tested is who
+imports what, and when.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,13 @@ from pathlib import Path
 
 import pytest
 
+import hira
+
 PYTHON = [sys.executable]
 HIRA = [str(Path(sys.executable).with_name("hira")), "run"]
 PEFT = "registered = False"
-OURS = "import peft\npeft.registered = True"
+OURS = f"__path__.append({str(Path(hira.__file__).parent)!r})\nfrom hira import peft_hook\npeft_hook.install()"
+REGISTRATION = "def register():\n    import peft\n    peft.registered = True"
 
 STARTS = """
 import multiprocessing, subprocess, sys
@@ -47,9 +52,14 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for name, text in {"peft": PEFT, "hira": OURS}.items():
-        (tmp_path / "stand_ins" / name).mkdir(parents=True)
-        (tmp_path / "stand_ins" / name / "__init__.py").write_text(text)
+    for name, text in {
+        "peft/__init__.py": PEFT,
+        "hira/__init__.py": OURS,
+        "hira/peft_integration/__init__.py": "",
+        "hira/peft_integration/registration.py": REGISTRATION,
+    }.items():
+        (tmp_path / "stand_ins" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stand_ins" / name).write_text(text)
     return tmp_path
 
 
@@ -103,7 +113,7 @@ def test_hira_follows_peft_in_any_order(folder, order):
 
 
 def test_nothing_is_imported_before_peft_is(folder):
-    (folder / "program.py").write_text("import sys\nprint({'peft', 'hira', 'torch'} & set(sys.modules), sys.path)")
+    (folder / "program.py").write_text("import sys\nprint({'peft', 'torch'} & set(sys.modules), sys.path)")
     program = run(HIRA, folder, "program.py")
     assert program.stdout == run(PYTHON, folder, "program.py").stdout
     assert program.stdout.startswith("set() ")
@@ -134,10 +144,12 @@ def test_a_broken_sitecustomize_is_reported_as_python_does(folder):
 
 def test_a_python_without_hira_says_that_it_has_none(folder):
     """As that of another virtual environment is."""
-    (folder / "program.py").write_text("""
-import subprocess, sys
-find = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'hira' else f(n, *a)"
-subprocess.run([sys.executable, "-c", find + "; import peft; print(peft.registered)"])
+    shutil.copytree(folder / "stand_ins" / "peft", folder / "other" / "peft")
+    (folder / "program.py").write_text(f"""
+import os, subprocess, sys
+startup = os.environ["PYTHONPATH"].split(os.pathsep)[0]
+environment = {{**os.environ, "PYTHONPATH": os.pathsep.join([startup, {str(folder / "other")!r}])}}
+subprocess.run([sys._base_executable, "-c", "import peft; print(peft.registered)"], env=environment)
 """)
     done = run(HIRA, folder, "program.py")
     assert done.stdout == "False\n"
@@ -235,7 +247,7 @@ def child(rank):
     import peft
     from peft.tuners.hira.layer import Linear
     print("worker", peft.HiraConfig.__module__, flush=True)
-    assert Linear.__module__ == "hira.layer"
+    assert Linear.__module__ == "hira.layers.linear"
 
 if __name__ == "__main__":
     torch.multiprocessing.spawn(child, nprocs=1)
@@ -256,4 +268,4 @@ def test_launchers_of_training_have_hira(tmp_path, command):
     (tmp_path / "spawns.py").write_text(SPAWNS)
     done = subprocess.run([*HIRA, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "worker hira.config" in done.stdout.splitlines()
+    assert "worker hira.config.hira_config" in done.stdout.splitlines()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hira
-from hira import HiraConfig, HiraError, inference_cache
-from hira.experts import ParamWrapper
+from hira import HiraConfig, HiraError
+from hira.layers import inference_cache
+from hira.layers.experts import ParamWrapper
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

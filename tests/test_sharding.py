@@ -120,7 +120,7 @@ def curve(result: dict[str, Any], names: list[str]) -> list[Tensor]:
 
 
 def hira_names(kind: str) -> list[str]:
-    return [layer.name for layer in hira.model.hira_layers(adapted(base_model(kind), kind))]
+    return [layer.name for layer in hira.tuner.model.hira_layers(adapted(base_model(kind), kind))]
 
 
 @every_mode

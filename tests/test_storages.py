@@ -45,7 +45,9 @@ def config(**options) -> hira.HiraConfig:
 
 
 def adapted(case: StorageCase, names: tuple[str, ...] = NAMES[:1], **options) -> Any:
-    layer: Any = hira.dispatch.dispatch(case.quantise(nn.Linear(IN, OUT, **options)), names[0], hira_config=config())
+    layer: Any = hira.layers.dispatch.dispatch(
+        case.quantise(nn.Linear(IN, OUT, **options)), names[0], hira_config=config()
+    )
     for rank, name in enumerate(names[1:], R + 1):
         layer.update_layer(name, rank, config(r=rank))
     layer.set_adapter(list(names))
@@ -141,7 +143,7 @@ def test_a_new_adapter_does_nothing(case):
     base = case.quantise(nn.Linear(IN, OUT))
     x = torch.randn(4, IN, dtype=case.inputs[0])
     W0, bias, y = case.dense(base).double(), base.bias.detach().double(), base(x)
-    layer: Any = hira.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
+    layer: Any = hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=R))
     if case.whole:  # the base layer may sum in another order, as exact as this one
         exact = F.linear(x.double(), W0, bias)
         assert error(layer(x), exact) <= 1.5 * error(y, exact) + 1e-7

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hira.substitution import substituted
+from hira.layers.substitution import substituted
 
 
 class Tower(nn.Module):

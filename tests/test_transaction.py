@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hira.transaction import unchanged_on_error
+from hira.tuner.transaction import unchanged_on_error
 
 
 class Stop(Exception):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from hira import HiraError
-from hira.weights import Storage, Transposed
+from hira.base_weights.dense import Storage, Transposed
 
 KINDS = {
     "linear": (Storage, lambda: nn.Linear(7, 5), (5, 7)),

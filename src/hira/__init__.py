@@ -1,21 +1,60 @@
-"""HiRA (Hadamard High-Rank Adaptation) for PEFT, at LoRA's price. Importing this package registers it with PEFT."""
+"""HiRA (Hadamard High-Rank Adaptation) for PEFT, at LoRA's price.
 
-from hira.attention import MultiheadAttention
-from hira.bnb import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
-from hira.checkpoint.convert import convert_adapter
-from hira.checkpoint.inspection import inspect_adapter
-from hira.checkpoint.manifest import verify as verify_folder
-from hira.checkpoint.merge import merge_checkpoint
-from hira.config import HiraConfig
-from hira.dispatch import dispatch_default
+Importing this package makes PEFT use it: at once where PEFT is imported already, else as soon as it is. The names below
+are imported at their first use, so that what needs no PEFT, such as the commands for files, does not wait for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hira import peft_hook
 from hira.errors import HiraError
-from hira.experts import ParamWrapper
-from hira.inference_cache import inference_cache
-from hira.layer import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, HiraLayer, Linear
-from hira.model import HiraModel
-from hira.registration import is_registered, register, unregister
 from hira.version import __version__ as __version__
 
+if TYPE_CHECKING:
+    from hira.config import HiraConfig
+    from hira.files.convert import convert_adapter
+    from hira.files.inspection import inspect_adapter
+    from hira.files.manifest import verify as verify_folder
+    from hira.files.merge import merge_checkpoint
+    from hira.layers.attention import MultiheadAttention
+    from hira.layers.base import HiraLayer
+    from hira.layers.bitsandbytes import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+    from hira.layers.dispatch import dispatch_default
+    from hira.layers.experts import ParamWrapper
+    from hira.layers.inference_cache import inference_cache
+    from hira.layers.linear import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, Linear
+    from hira.peft_integration.registration import is_registered, register, unregister
+    from hira.tuner.model import HiraModel
+
+_HOMES = {
+    "Conv1d": "hira.layers.linear",
+    "Conv2d": "hira.layers.linear",
+    "Conv3d": "hira.layers.linear",
+    "ConvNd": "hira.layers.linear",
+    "Embedding": "hira.layers.linear",
+    "HiraConfig": "hira.config",
+    "HiraLayer": "hira.layers.base",
+    "HiraModel": "hira.tuner.model",
+    "Linear": "hira.layers.linear",
+    "Linear4bit": "hira.layers.bitsandbytes",
+    "Linear8bitLt": "hira.layers.bitsandbytes",
+    "MultiheadAttention": "hira.layers.attention",
+    "ParamWrapper": "hira.layers.experts",
+    "convert_adapter": "hira.files.convert",
+    "dispatch_bnb_4bit": "hira.layers.bitsandbytes",
+    "dispatch_bnb_8bit": "hira.layers.bitsandbytes",
+    "dispatch_default": "hira.layers.dispatch",
+    "inference_cache": "hira.layers.inference_cache",
+    "inspect_adapter": "hira.files.inspection",
+    "is_registered": "hira.peft_integration.registration",
+    "merge_checkpoint": "hira.files.merge",
+    "register": "hira.peft_integration.registration",
+    "unregister": "hira.peft_integration.registration",
+    "verify_folder": "hira.files.manifest",
+}
 __all__ = [
     "Conv1d",
     "Conv2d",
@@ -44,4 +83,17 @@ __all__ = [
     "verify_folder",
 ]
 
-register()
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hira' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), "verify" if name == "verify_folder" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+peft_hook.install()

@@ -1,6 +1,6 @@
 """`python -m hira` is the `hira` command."""
 
-from hira_cli.app import main
+from hira.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hira.checkpoint.merge import MergeReport, merge_checkpoint
+from hira.files.merge import MergeReport, merge_checkpoint
 
 SHARD = 3000  # bytes; a tiny model is some ten files
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hira.checkpoint.folder import INDEX, SINGLE
-from hira.checkpoint.manifest import STATE, verify
+from hira.files.folder import INDEX, SINGLE
+from hira.files.manifest import STATE, verify
 
 P = "base_model.model."
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hira import HiraConfig
-from hira.checkpoint.adapter import read_adapter
 from hira.errors import HiraError
+from hira.files.adapter import read_adapter
 
 P = "base_model.model."
 

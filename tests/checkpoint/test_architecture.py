@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hira.checkpoint.architecture import architecture_of
-from hira.checkpoint.parameters import AS_IN_MODEL, THEIR_EMBEDDINGS, Location
 from hira.errors import HiraError
+from hira.files.architecture import architecture_of
+from hira.files.parameters import AS_IN_MODEL, THEIR_EMBEDDINGS, Location
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}

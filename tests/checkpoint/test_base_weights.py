@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hira import HiraError
-from hira.checkpoint.inspection import inspect_adapter
+from hira.files.inspection import inspect_adapter
 
 HIRA = str(Path(sys.executable).with_name("hira"))
 SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24}

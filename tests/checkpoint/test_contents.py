@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from hira.checkpoint.contents import Workers
-from hira.ops import paths
+from hira.files.contents import Workers
+from hira.ops import heuristics
 from hira.ops.workspace import scratch
 
 
@@ -67,9 +67,9 @@ def test_products_get_the_callers_number_of_threads(two_threads):
 
     def counted() -> memoryview:
         count = torch.get_num_threads()
-        with paths.one_thread():
+        with heuristics.one_thread():
             return memoryview(bytes([count, torch.get_num_threads()]))
 
-    with Workers() as workers, paths.one_thread():
+    with Workers() as workers, heuristics.one_thread():
         assert [bytes(data) for data in workers.made([counted] * 6)] == [bytes([2, 1])] * 6
     assert torch.get_num_threads() == 2

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hira.checkpoint import conversion, factors
-from hira.checkpoint.conversion import fold, from_original, to_lora
 from hira.errors import HiraError
+from hira.files import conversion, factors
+from hira.files.conversion import fold, from_original, to_lora
 
 PREFIX = "base_model.model."
 TARGETS = ["embed", "conv1", "conv2", "linear", "square", "transposed"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hira import HiraError, convert_adapter, verify_folder
-from hira.checkpoint.output import Output
+from hira.files.output import Output
 
 P = "base_model.model."
 IDS = torch.tensor([[1, 5, 9, 3, 0, 2], [1, 6, 7, 8, 4, 10]])

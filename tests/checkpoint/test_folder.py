@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from hira.checkpoint.folder import INDEX, SINGLE, read_folder
-from hira.checkpoint.header import read_tensor
 from hira.errors import HiraError
+from hira.files.folder import INDEX, SINGLE, read_folder
+from hira.files.header import read_tensor
 
 SHARDS = {"model-1.safetensors": {"a": torch.ones(2), "b": torch.zeros(3)}, "model-2.safetensors": {"c": torch.ones(1)}}
 MAP = {name: shard for shard, tensors in SHARDS.items() for name in tensors}

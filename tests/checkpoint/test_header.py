@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
 
-from hira.checkpoint import header as header_module
-from hira.checkpoint.header import (
+from hira.errors import HiraError
+from hira.files import header as header_module
+from hira.files.header import (
     CODES,
     entry_of,
     header_bytes,
@@ -22,7 +23,6 @@ from hira.checkpoint.header import (
     read_tensor,
     tensor_bytes,
 )
-from hira.errors import HiraError
 
 DTYPES = sorted(set(CODES), key=str)
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from plain_folders import bytes_of, pair, save_adapter, save_model
 
 from hira import HiraError, convert_adapter, inspect_adapter, merge_checkpoint, verify_folder
-from hira.checkpoint.hub import hub_id
+from hira.files.hub import hub_id
 
 COMMIT = "c" * 40
 FILES = {"a-1.safetensors": {"q.weight": torch.ones(6, 4)}, "b-2.safetensors": {"norm": torch.ones(3)}}

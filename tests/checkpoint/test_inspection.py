@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hira.checkpoint import factors, inspection, report_table
-from hira.checkpoint.factors import pairs
-from hira.checkpoint.inspection import inspect, inspect_layer
 from hira.errors import HiraError
+from hira.files import factors, inspection, report_table
+from hira.files.factors import pairs
+from hira.files.inspection import inspect, inspect_layer
 from hira.ops import reference
-from hira.ops.modulate import form
+from hira.ops.effective_weight import form
 
 # W0, A and B by kind; wide and tall, ranks below and above the sides
 LAYERS = {

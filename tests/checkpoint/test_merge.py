@@ -30,8 +30,8 @@ from test_attention_models import VisionTransformer
 from torch import Tensor, nn
 
 from hira import HiraError
-from hira.checkpoint.merge import merge_checkpoint
-from hira.ops import paths, reference
+from hira.files.merge import merge_checkpoint
+from hira.ops import heuristics, reference
 
 IDS = torch.tensor([[3, 5, 9, 13, 8, 4]])
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,8 +113,8 @@ def test_other_dtypes(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "mixtral", "gpt_oss"])
 def test_weights_of_many_blocks(name, dtype, tmp_path, monkeypatch):
     """Blocks of some rows, which do not end where a tensor does."""
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 90)  # five rows of sixteen, three of twenty-four
-    monkeypatch.setattr(paths, "CPU_CHUNK_ENTRIES", 40)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 90)  # five rows of sixteen, three of twenty-four
+    monkeypatch.setattr(heuristics, "CPU_CHUNK_ENTRIES", 40)
     folders = made(tmp_path, CASES[name].build().to(dtype), [CASES[name].config(), CASES[name].config(r=3)])
     _, out = folders.merge()
     assert_same_tensors(tensors_of(out), tensors_of(folders.memory))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hira import HiraError, merge_checkpoint
-from hira.checkpoint.folder import INDEX
-from hira.checkpoint.output import Output
-from hira.ops.modulate import form
-from hira_cli.app import app
+from hira.cli.app import app
+from hira.files.folder import INDEX
+from hira.files.output import Output
+from hira.ops.effective_weight import form
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ import sys
 import pytest
 from plain_folders import bytes_of, finished, save_sharded
 
-from hira.checkpoint.folder import INDEX
+from hira.files.folder import INDEX
 
 # Forks a child, with all its imports done, for each merge that it is asked for, and kills it after some seconds, or has
 # it kill itself at an event of the interpreter, such as the opening of a file. A child says what came of its merge.
@@ -19,8 +19,8 @@ SERVER = """
 import json, os, resource, signal, sys, time
 import torch
 from hira import HiraError
-from hira.checkpoint import output
-from hira.checkpoint.merge import merge_checkpoint
+from hira.files import output
+from hira.files.merge import merge_checkpoint
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
 from hira import HiraError
-from hira.checkpoint.merge import merge_checkpoint
+from hira.files.merge import merge_checkpoint
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 TEXT = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 24, "bos_token_id": 1, "eos_token_id": 2}

@@ -20,8 +20,8 @@ from test_merge import CASES
 from torch import Tensor
 
 from hira import HiraError
-from hira.checkpoint.manifest import MANIFEST, verify
-from hira.checkpoint.merge import merge_checkpoint
+from hira.files.manifest import MANIFEST, verify
+from hira.files.merge import merge_checkpoint
 
 HALVES = [torch.bfloat16, torch.float16]
 # what a model's files may have beside parameters in one dtype

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from hira import merge_checkpoint
-from hira.checkpoint import contents, output_file
-from hira.checkpoint.folder import INDEX, SINGLE
-from hira.checkpoint.header import CODES
-from hira.ops import paths, reference
-from hira.ops.modulate import form
+from hira.files import contents, output_file
+from hira.files.folder import INDEX, SINGLE
+from hira.files.header import CODES
+from hira.ops import heuristics, reference
+from hira.ops.effective_weight import form
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OTHERS = sorted(set(CODES) - set(FLOATS), key=str)
@@ -101,7 +101,7 @@ def test_a_merge_is_what_forming_in_memory_gives(tmp_path_factory, model, weight
     with pytest.MonkeyPatch.context() as patch:
         if in_pieces:  # tensors of some rows each time, and files of many blocks
             patch.setattr(contents, "_PART", 24)
-            patch.setattr(paths, "block_entries", lambda device: 7)
+            patch.setattr(heuristics, "block_entries", lambda device: 7)
             patch.setattr(output_file, "BLOCK", 64)
         check(tmp_path_factory, model, weights, dtype, limit)
 

@@ -15,7 +15,7 @@ from plain_folders import bytes_of, everything, file_system, finished, save_shar
 from safetensors.torch import load_file, save_file
 
 from hira import HiraError, merge_checkpoint
-from hira.checkpoint.output import Output
+from hira.files.output import Output
 
 
 def merged(root, **options):

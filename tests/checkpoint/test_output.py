@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from hira.checkpoint import output as output_module
-from hira.checkpoint import swap
-from hira.checkpoint.manifest import MANIFEST, STATE, verify
-from hira.checkpoint.output import Output
 from hira.errors import HiraError
+from hira.files import output as output_module
+from hira.files import swap
+from hira.files.manifest import MANIFEST, STATE, verify
+from hira.files.output import Output
 
 
 def contents(folder):
@@ -251,7 +251,7 @@ def test_two_processes_write_a_folder_again_and_again(tmp_path, exists):
 RIVAL = """
 import sys, time
 from hira import HiraError
-from hira.checkpoint.output import Output
+from hira.files.output import Output
 target, name = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -289,7 +289,7 @@ def test_the_lock_of_a_process_that_was_killed_is_lifted(tmp_path):
 
 HOLDER = """
 import sys, time
-from hira.checkpoint.output import Output
+from hira.files.output import Output
 with Output(sys.argv[1], job="held") as out:
     out.write("part0", b"held0")
     print("writing", flush=True)
@@ -413,7 +413,7 @@ def test_a_read_only_target(mounted):
 
 WRITER = """
 import sys
-from hira.checkpoint.output import Output
+from hira.files.output import Output
 target, start = sys.argv[1], int(sys.argv[2])
 print("ready", flush=True)
 for version in range(start, 10**6):

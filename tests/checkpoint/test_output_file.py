@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hira.checkpoint import output_file
-from hira.checkpoint.manifest import FileRecord, verify
-from hira.checkpoint.output import STATE, Output
-from hira.checkpoint.output_file import BLOCK, OutputFile, Threads
 from hira.errors import HiraError
+from hira.files import output_file
+from hira.files.manifest import FileRecord, verify
+from hira.files.output import STATE, Output
+from hira.files.output_file import BLOCK, OutputFile, Threads
 
 
 class Written(io.RawIOBase):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hira.checkpoint.printed import printable, printable_lines
-from hira_cli import app, checkpoints
+from hira.cli import app, file_commands
+from hira.files.printed import printable, printable_lines
 
 # of C0 and C1, DEL, marks of direction, a joiner, a filler that counts as a letter, a line end of Unicode
 EVIL = "\x1b[31m\x07\x9b2J\x7f\u202egnp\u2066\u200b\u3164\u2028\r"
@@ -106,7 +106,7 @@ def test_what_other_libraries_say(capfd):
     logger = logging.getLogger("test_printed")
     logger.addHandler(handler)
     try:
-        with checkpoints._failing():
+        with file_commands._failing():
             logger.warning("unknown key %s", EVIL)
             warned = warnings.formatwarning(EVIL, UserWarning, "f", 1, "")
     finally:

@@ -13,7 +13,7 @@ from plain_folders import bytes_of, pair, save_adapter, save_model
 from safetensors.torch import load_file
 
 from hira import HiraError, convert_adapter, inspect_adapter, merge_checkpoint, verify_folder
-from hira.checkpoint.manifest import MANIFEST
+from hira.files.manifest import MANIFEST
 
 COMMITS = ("a" * 40, "b" * 40)
 

@@ -13,7 +13,7 @@ from test_merge import EXPERTS, gpt_oss
 from torch import Tensor
 
 from hira import HiraError
-from hira.checkpoint.merge import merge_checkpoint
+from hira.files.merge import merge_checkpoint
 
 
 def narrowed(dtype: torch.dtype) -> Callable[[dict[str, Tensor], str], None]:

@@ -11,7 +11,7 @@ from plain_folders import pair, save_adapter, save_model
 from safetensors.torch import save_file
 
 from hira import HiraError, convert_adapter, inspect_adapter, merge_checkpoint, verify_folder
-from hira.checkpoint.folder import read_folder
+from hira.files.folder import read_folder
 
 
 @pytest.fixture

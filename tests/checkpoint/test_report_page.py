@@ -16,8 +16,8 @@ import pytest
 import torch
 from checkpoint.test_report_table import EVIL, example
 
-from hira.checkpoint.report_page import page, write_page
-from hira.checkpoint.report_table import measures
+from hira.files.report_page import page, write_page
+from hira.files.report_table import measures
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path")

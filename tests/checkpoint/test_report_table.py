@@ -13,10 +13,10 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from hira.checkpoint.inspection import Report, inspect
-from hira.checkpoint.printed import printable
-from hira.checkpoint.report_table import grid, in_words, overview, place, plot, table, to_json
 from hira.errors import HiraError
+from hira.files.inspection import Report, inspect
+from hira.files.printed import printable
+from hira.files.report_table import grid, in_words, overview, place, plot, table, to_json
 
 EVIL = "em[red]bed<script>document.title='gone'</script>&\"\x1b[2J$x"
 

@@ -1,4 +1,4 @@
-"""Where the tests of `hira.ops.cuda` run: on a GPU if there is one, else on CPU tensors in Triton's interpreter.
+"""Where the tests of `hira.ops.triton` run: on a GPU if there is one, else on CPU tensors in Triton's interpreter.
 
 Triton decides between the two when it is imported, which torch does for it in `import hira`. tests/conftest.py sets
 TRITON_INTERPRET before that; without it these tests stop here.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
 
-from hira.ops.cuda import arithmetic
+from hira.ops.triton import arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert arithmetic.INTERPRETED or DEVICE == "cuda", "set TRITON_INTERPRET=1 before triton is imported"

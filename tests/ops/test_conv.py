@@ -11,7 +11,7 @@ from oracle import Products, assert_as_exact, assert_same_bits, exact_results, p
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import conv, linear, modulate, paths, reference
+from hira.ops import conv, effective_weight, heuristics, linear, reference
 from hira.ops.conv import form_kernel
 
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -172,7 +172,7 @@ def test_gradients_only_for_what_needs_them(wanted):
 
 @pytest.mark.parametrize("name", ["1d", "2d depthwise"])
 def test_uninitialised_memory_is_never_read(name, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 10)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 10)
     every = tensors(GEOMETRIES[name], dtype=torch.float32)
     with poisoned_memory():
         assert all(t.isfinite().all() for t in results(ours(GEOMETRIES[name]), every))
@@ -194,13 +194,13 @@ def test_inputs_and_incoming_gradients_are_not_overwritten(geometry):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_formed_kernel_is_the_one_convolved_with(geometry, dtype, entries, monkeypatch):
     """A plain convolution with the formed kernel gives, bit for bit, what the operator gives."""
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
-    monkeypatch.setattr(paths, "DITHER", False)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(heuristics, "DITHER", False)
     x, W0, A, B, bias = (t.detach() for t in tensors(geometry, dtype=dtype, adapter=torch.float32))
     kernel = form_kernel(W0, A, B, dtype)
     expected = PLAIN[W0.dim() - 2](x, kernel, bias, **options(geometry))
     assert torch.equal(conv(x, W0, A, B, bias, **options(geometry)), expected)
-    exact = modulate.form(W0.float().flatten(1), A.flatten(1), B.flatten(1), torch.float32)
+    exact = effective_weight.form(W0.float().flatten(1), A.flatten(1), B.flatten(1), torch.float32)
     assert torch.equal(kernel, exact.to(dtype).view(W0.shape))
 
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from hira.ops import conv, embedding, linear, modulate, paths
+from hira.ops import conv, effective_weight, embedding, heuristics, linear
 
 T, M, N, R = 48, 40, 56, 3
 CASES = ["float32", "bfloat16", "float64", "autocast", "dequantize"]
@@ -90,7 +90,7 @@ def storage(t):
 @pytest.mark.parametrize("entries", [200, 1 << 22])
 def test_a_step_costs_three_dense_products(name, entries, monkeypatch):
     """6 T m n for y, dx and G; forming 1 + BA twice, and the two reductions of G, make (8 r + 4) m n."""
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
     tensors, function = case(name)
     count = operations(function, *tensors)
     assert count == 6 * T * M * N + (8 * R + 4) * M * N
@@ -207,7 +207,7 @@ def test_a_convolution_keeps_its_arguments_alone(tmp_path):
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64", "autocast"])
 def test_temporaries_are_a_block_and_not_the_weight(name, transposed, tmp_path, monkeypatch):
     t, m, n, r, entries = 4, 512, 640, 2, 1 << 13
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
     tensors, function = case(name, t, m, n, r)
     if transposed:
         tensors[1] = tensors[1].t().contiguous().t()
@@ -228,9 +228,9 @@ def test_temporaries_are_a_block_and_not_the_weight(name, transposed, tmp_path, 
 
 
 def test_forming_the_weight_takes_a_block_besides(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 1 << 13)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 1 << 13)
     W0, A, B = torch.randn(512, 640, dtype=torch.bfloat16), torch.randn(2, 640), torch.randn(512, 2)
-    formed, most, left = memory(lambda: modulate.modulated_weight(W0, A, B), tmp_path / "trace.json")
+    formed, most, left = memory(lambda: effective_weight.modulated_weight(W0, A, B), tmp_path / "trace.json")
     assert left == formed.nbytes
     # W', the factors twice, and a block of 1 + BA, of W0 in float32, and of W'.
     assert most <= formed.nbytes + 2 * 3 * (512 + 640) * 4 + (1 << 13) * (4 + 4 + 2)

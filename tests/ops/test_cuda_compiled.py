@@ -1,6 +1,6 @@
 """The kernels compile for real GPUs, without one: the interpreter accepts what the compiler does not.
 
-Run as a script, in a process where Triton compiles, this file calls the functions of `hira.ops.cuda` on CPU tensors
+Run as a script, in a process where Triton compiles, this file calls the functions of `hira.ops.triton` on CPU tensors
 with a stand-in for each kernel, which compiles what would be launched and prints what it takes.
 """
 
@@ -102,7 +102,7 @@ class Compiler:
 
 def compile_all(capability):
     """Launch every kernel with halves and with float32, small ranks and large, sizes of 1 too."""
-    from hira.ops.cuda import decode, factor_gradients, form
+    from hira.ops.triton import decode, factor_gradients, form
 
     for function in (form, factor_gradients, decode):
         module = sys.modules[function.__module__]

@@ -12,8 +12,8 @@ from oracle import assert_as_exact
 
 from hira.errors import HiraError
 from hira.ops import reference
-from hira.ops.cuda import decode
-from hira.ops.paths import DECODED_TOKENS as MOST_TOKENS
+from hira.ops.heuristics import DECODED_TOKENS as MOST_TOKENS
+from hira.ops.triton import decode
 
 MODULE = sys.modules[decode.__module__]
 

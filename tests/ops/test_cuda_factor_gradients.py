@@ -12,7 +12,7 @@ from oracle import assert_as_exact, assert_same_bits, exact_results, results
 
 from hira.errors import HiraError
 from hira.ops import reference
-from hira.ops.cuda import factor_gradients
+from hira.ops.triton import factor_gradients
 
 MODULE = sys.modules[factor_gradients.__module__]
 

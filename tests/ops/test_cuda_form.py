@@ -9,7 +9,7 @@ from oracle import assert_as_exact
 
 from hira.errors import HiraError
 from hira.ops import dither, reference
-from hira.ops.cuda import form
+from hira.ops.triton import form
 
 LOW = [torch.bfloat16, torch.float16]
 # The largest relative error of one rounding to nearest.

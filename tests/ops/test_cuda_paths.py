@@ -9,13 +9,13 @@ from oracle import assert_as_exact, assert_same_bits, exact_results, results
 from torch import nn
 
 import hira
-from hira.ops import linear, linear_each, modulate, modulated_weight, paths, reference
+from hira.ops import effective_weight, heuristics, linear, linear_each, modulated_weight, reference
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """Kernels on any device, and a count of their calls."""
-    import hira.ops.cuda as cuda
+    import hira.ops.triton as cuda
 
     calls = []
 
@@ -28,8 +28,8 @@ def kernels(monkeypatch):
 
     for name in ("form", "factor_gradients", "decode"):
         monkeypatch.setattr(cuda, name, counted(name, getattr(cuda, name)))
-    monkeypatch.setattr(paths, "triton", lambda tensor: tensor.dtype != torch.float64)
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 300)
+    monkeypatch.setattr(heuristics, "triton", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 300)
     return calls
 
 
@@ -55,7 +55,7 @@ def test_linear(kernels, T, dtype):
 
 @pytest.mark.parametrize("dither", [False, True])
 def test_merged_and_forward_weights_are_the_same(kernels, monkeypatch, dither):
-    monkeypatch.setattr(paths, "DITHER", dither)
+    monkeypatch.setattr(heuristics, "DITHER", dither)
     _, W0, A, B, _ = tensors(1, torch.bfloat16)
     eye = torch.eye(20, dtype=torch.bfloat16, device=DEVICE)
     with torch.no_grad():
@@ -65,13 +65,13 @@ def test_merged_and_forward_weights_are_the_same(kernels, monkeypatch, dither):
 
 @pytest.mark.parametrize("update_only", [False, True])
 def test_forming_the_weight(kernels, monkeypatch, update_only):
-    monkeypatch.setattr(paths, "DITHER", True)
+    monkeypatch.setattr(heuristics, "DITHER", True)
     _, W0, A, B, _ = tensors(1, torch.bfloat16)
     A, B = A.detach().round() / 4, B.detach().mul(100).round() / 64  # sums of which are exact in any order
-    formed = modulate.form(W0, A, B, torch.bfloat16, update_only=update_only)
+    formed = effective_weight.form(W0, A, B, torch.bfloat16, update_only=update_only)
     monkeypatch.undo()
-    monkeypatch.setattr(paths, "DITHER", True)
-    assert_same_bits([formed], [modulate.form(W0, A, B, torch.bfloat16, update_only=update_only)])
+    monkeypatch.setattr(heuristics, "DITHER", True)
+    assert_same_bits([formed], [effective_weight.form(W0, A, B, torch.bfloat16, update_only=update_only)])
 
 
 def test_a_base_that_trains(kernels):
@@ -94,17 +94,17 @@ def test_tokens_with_an_adapter_each(kernels):
 
 
 def test_a_layer_decodes_by_the_kernel_and_keeps_no_weight(kernels, monkeypatch):
-    monkeypatch.setattr(paths, "keeps_weight", lambda x: False)  # as on CUDA
+    monkeypatch.setattr(heuristics, "keeps_weight", lambda x: False)  # as on CUDA
     layer = hira.Linear(nn.Linear(20, 33).to(DEVICE), "a", hira.HiraConfig(r=3, init_weights=False)).eval()
     x = torch.randn(2, 1, 20, device=DEVICE)
-    with torch.no_grad(), hira.inference_cache.keep():
+    with torch.no_grad(), hira.layers.inference_cache.keep():
         y = layer(x)
-        assert hira.inference_cache.nbytes == 0
+        assert hira.layers.inference_cache.nbytes == 0
     assert kernels == ["decode"]
     W = modulated_weight(layer.base_layer.weight, layer.hira_A["a"], layer.hira_B["a"])
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, layer.base_layer.bias), rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_are_off_by_default():
-    assert not paths.TRITON
-    assert not paths.triton(torch.ones(1, device=DEVICE))
+    assert not heuristics.TRITON
+    assert not heuristics.triton(torch.ones(1, device=DEVICE))

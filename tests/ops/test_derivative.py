@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hira.ops import conv, embedding, linear, linear_each, modulated_weight, paths, reference
+from hira.ops import conv, embedding, heuristics, linear, linear_each, modulated_weight, reference
 
 IDS = torch.tensor([[1, 2, 4], [2, 0, 2]])
 CONV = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
@@ -154,7 +154,7 @@ def test_hessian_vector_products(case):
 
 @pytest.mark.parametrize("entries", [1, 8])
 def test_over_several_blocks(case, entries, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
     function, dense, tensors = case
     every = range(len(tensors))
     assert_close(

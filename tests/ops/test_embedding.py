@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import assert_as_exact, assert_same_bits, exact_results, results
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import embedding, modulate, paths, reference
+from hira.ops import effective_weight, embedding, heuristics, reference
 from hira.ops.dither import noise_of, round_into
 
 # Row 3 occurs three times, row 7 twice; rows 2 and 9 never.
@@ -100,10 +100,10 @@ def test_rows_are_rounded_once(dtype, monkeypatch):
     """To nearest, or with the dither of the whole table."""
     W0, A, B = (t.detach() for t in tensors(dtype=dtype, adapter=torch.float32))
     exact = embedding(IDS, W0.float(), A, B)
-    noise, whole = noise_of(W0), modulate.form(W0.float(), B.t(), A.t(), torch.float32)
+    noise, whole = noise_of(W0), effective_weight.form(W0.float(), B.t(), A.t(), torch.float32)
     table = round_into(torch.empty_like(W0), whole, *noise)
     assert torch.equal(embedding(IDS, W0, A, B), table[IDS])
-    monkeypatch.setattr(paths, "DITHER", False)
+    monkeypatch.setattr(heuristics, "DITHER", False)
     assert torch.equal(embedding(IDS, W0, A, B), exact.to(dtype))
 
 

@@ -12,7 +12,7 @@ from oracle import TWICE, assert_same_bits, error, exact_results, results
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import int8, linear, paths, reference
+from hira.ops import heuristics, int8, linear, reference
 
 rounded = partial(linear, weight_gradient="int8")
 
@@ -30,8 +30,8 @@ def tensors(T=(64,), out=33, into=20, r=3, dtype=torch.float32, transposed=False
 
 @pytest.fixture(params=[1, 64, 1 << 22])
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", request.param)
-    monkeypatch.setattr(paths, "CPU_CHUNK_ENTRIES", request.param)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(heuristics, "CPU_CHUNK_ENTRIES", request.param)
 
 
 @pytest.mark.parametrize(

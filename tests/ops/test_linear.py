@@ -11,14 +11,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hira.ops import int8, linear, paths, reference
+from hira.ops import heuristics, int8, linear, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[64, 1 << 22], ids=["many blocks", "one block"])
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", request.param)
     return request.param
 
 
@@ -268,7 +268,7 @@ def test_compiled_once_for_all_lengths(options, autocast, block_size):
 
 def test_products_are_opaque_to_the_compiler(monkeypatch):
     """Three operators in the graphs, however many blocks there are."""
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 14)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 14)
     torch._dynamo.reset()
     called = []
 

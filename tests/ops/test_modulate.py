@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import assert_same_bits, poisoned_memory, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hira.ops import linear, modulate, modulated_weight, paths, reference, workspace
+from hira.ops import effective_weight, heuristics, linear, modulated_weight, reference, workspace
 
 LOW = [torch.bfloat16, torch.float16]
 # The largest relative error of one rounding to nearest.
@@ -25,7 +25,7 @@ def weights(out=37, into=29, r=3, dtype=torch.float32):
 @pytest.fixture(params=[1, 64, 300, 1 << 22])
 def block_size(request, monkeypatch):
     """From a row at a time to the whole weight at once."""
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", request.param)
     return request.param
 
 
@@ -36,10 +36,10 @@ def block_size(request, monkeypatch):
 @pytest.mark.parametrize("stored", [torch.float32, *LOW])
 @pytest.mark.parametrize("product", LOW)
 def test_low_precision_is_the_float32_result_rounded_once(product, stored, update_only, block_size, monkeypatch):
-    monkeypatch.setattr(paths, "DITHER", False)
+    monkeypatch.setattr(heuristics, "DITHER", False)
     W0, A, B = weights(dtype=stored)
-    exact = modulate.form(W0.float(), A, B, torch.float32, update_only=update_only)
-    assert torch.equal(modulate.form(W0, A, B, product, update_only=update_only), exact.to(product))
+    exact = effective_weight.form(W0.float(), A, B, torch.float32, update_only=update_only)
+    assert torch.equal(effective_weight.form(W0, A, B, product, update_only=update_only), exact.to(product))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -102,8 +102,8 @@ def test_autocast_does_not_reach_the_formation():
 def test_blocks_cover_the_weight_and_fit_the_workspace(rows, columns, entries, transposed, dtype):
     W0 = torch.randn(columns, rows, dtype=dtype).t() if transposed else torch.randn(rows, columns, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
-        by_rows, by_columns = list(modulate.row_blocks(W0)), list(modulate.column_blocks(W0))
+        patch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
+        by_rows, by_columns = list(effective_weight.row_blocks(W0)), list(effective_weight.column_blocks(W0))
         assert [i for s in by_rows for i in range(s.start, s.stop)] == list(range(rows))
         assert [i for s in by_columns for i in range(s.start, s.stop)] == list(range(columns))
         assert all(W0[s].numel() <= max(entries, columns) for s in by_rows)
@@ -117,14 +117,14 @@ def test_blocks_cover_the_weight_and_fit_the_workspace(rows, columns, entries, t
 def test_whole_weight_for_any_shape_and_block(rows, columns, r, entries):
     W0, A, B = (t.double() for t in weights(rows, columns, r))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "CPU_BLOCK_ENTRIES", entries)
+        patch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
         formed = modulated_weight(W0, A, B)
     torch.testing.assert_close(formed, reference.modulated_weight(W0, A, B), rtol=0, atol=1e-12)
 
 
 def test_a_thread_keeps_one_block_for_each_dtype_and_no_more(monkeypatch):
     monkeypatch.setattr(workspace, "scratch", workspace._Scratch())
-    monkeypatch.setattr(paths, "CPU_BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 100)
     for rows in (3, 30, 20):
         W0, A, B = weights(rows, 10, dtype=torch.bfloat16)
         modulated_weight(W0, A, B)
@@ -162,8 +162,8 @@ def test_traced_and_fake_tensors_leave_nothing_behind(monkeypatch):
 
 def test_split_depends_on_shape_alone():
     W0 = torch.randn(64, 8)
-    assert list(modulate.row_blocks(W0)) == list(modulate.row_blocks(W0.bfloat16()))
-    assert list(modulate.row_blocks(W0)) == list(modulate.row_blocks(torch.randn(8, 64).t()))
+    assert list(effective_weight.row_blocks(W0)) == list(effective_weight.row_blocks(W0.bfloat16()))
+    assert list(effective_weight.row_blocks(W0)) == list(effective_weight.row_blocks(torch.randn(8, 64).t()))
 
 
 def test_blocks_lie_in_memory_as_the_weight_does():
@@ -213,8 +213,8 @@ def test_form_is_the_weight_that_linear_multiplies_with(dtype, update_only, tran
     W0, A, B = weights(dtype=dtype)
     if transposed:
         W0 = W0.t().contiguous().t()
-    formed = modulate.form(W0, A, B, dtype, update_only=update_only)
-    assert torch.equal(formed, modulate.form(W0, A, B, dtype, update_only=update_only))
+    formed = effective_weight.form(W0, A, B, dtype, update_only=update_only)
+    assert torch.equal(formed, effective_weight.form(W0, A, B, dtype, update_only=update_only))
     # Each row of the identity selects a column of W'; every other term of the sums is zero.
     y = linear(torch.eye(W0.shape[1], dtype=dtype), W0, A, B, update_only=update_only)
     assert torch.equal(y.t(), formed)
@@ -224,7 +224,7 @@ def test_form_is_the_weight_of_linear_under_autocast(block_size):
     W0, A, B = weights()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(torch.eye(W0.shape[1]), W0, A, B)
-    assert torch.equal(y.t(), modulate.form(W0, A, B, torch.bfloat16))
+    assert torch.equal(y.t(), effective_weight.form(W0, A, B, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -238,11 +238,11 @@ def test_form_does_not_depend_on_the_number_of_tokens(dtype, block_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_form_is_the_weight_of_linear_at_the_real_block_size(dtype):
     into = 1 << 11
-    W0, A, B = weights(paths.CPU_BLOCK_ENTRIES // into + 60, into, dtype=dtype)
-    assert len(list(modulate.row_blocks(W0))) == 2
+    W0, A, B = weights(heuristics.CPU_BLOCK_ENTRIES // into + 60, into, dtype=dtype)
+    assert len(list(effective_weight.row_blocks(W0))) == 2
     columns = [0, 1, 1000, 2047]
     y = linear(torch.eye(into, dtype=dtype)[columns], W0, A, B)
-    assert torch.equal(y.t(), modulate.form(W0, A, B, dtype)[:, columns])
+    assert torch.equal(y.t(), effective_weight.form(W0, A, B, dtype)[:, columns])
 
 
 # ---- gradients

@@ -9,7 +9,7 @@ from conftest import address, kept_for_backward
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 
-from hira.ops import modulate, recompute
+from hira.ops import effective_weight, recompute
 from hira.ops.recompute import formed, recomputed
 
 
@@ -31,7 +31,7 @@ USES = {
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_gradients(use):
     x, W0, A, B = problem()
-    wanted = torch.autograd.grad(use(x, modulate.modulated_weight(W0, A, B)).square().sum(), [x, A, B])
+    wanted = torch.autograd.grad(use(x, effective_weight.modulated_weight(W0, A, B)).square().sum(), [x, A, B])
     W = formed(W0, A, B)
     with recomputed(W):
         y = use(x, W.weight)
@@ -99,7 +99,7 @@ def test_hooks_outside_get_the_rest():
 def test_a_dtype_of_its_own():
     x, W0, A, B = problem(dtype=torch.float32)
     W = formed(W0, A, B, torch.bfloat16)
-    assert torch.equal(W.weight, modulate.form(W0, A, B, torch.bfloat16))
+    assert torch.equal(W.weight, effective_weight.form(W0, A, B, torch.bfloat16))
     low = x.detach().bfloat16().requires_grad_()
     with recomputed(W):
         y = F.linear(low, W.weight)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.ops import paths
-from hira.ops.modulate import (
+from hira.ops import heuristics
+from hira.ops.effective_weight import (
     cast_as_autocast,
     factor_gradients,
     form,
@@ -74,7 +74,7 @@ def conv(
     bias = bias if bias is None else bias.to(dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     unbatched = x.dim() == W0.dim() - 1
-    function = _convolve if paths.plain() else _Conv.apply
+    function = _convolve if heuristics.plain() else _Conv.apply
     y: Tensor = function(x.unsqueeze(0) if unbatched else x, W0, A, B, bias, geometry, update_only, dequantize)
     return y.squeeze(0) if unbatched else y
 
@@ -90,7 +90,7 @@ def _convolve(
     dequantize: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     W0 = W0 if dequantize is None else dequantize(W0)
-    weight = form_kernel(W0, A, B, x.dtype, update_only, plain=paths.plain())
+    weight = form_kernel(W0, A, B, x.dtype, update_only, plain=heuristics.plain())
     stride, padding, dilation, groups = geometry
     with no_autocast(x.device):
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
@@ -111,7 +111,7 @@ class _Conv(torch.autograd.Function):
         geometry: Geometry = ctx.geometry
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = W0 if ctx.dequantize is None else ctx.dequantize(W0)
-        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only, plain=paths.plain_backward(dy))
+        weight = form_kernel(W0, A, B, x.dtype, ctx.update_only, plain=heuristics.plain_backward(dy))
         dW0 = dA = dB = None
         with no_autocast(dy.device):
             dx, G, dbias = torch.ops.aten.convolution_backward(

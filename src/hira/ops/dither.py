@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.ops import paths
+from hira.ops import heuristics
 from hira.ops.workspace import is_concrete
 
 _COLUMN_SALT = 0x9E3779B9
@@ -43,7 +43,7 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
         rows: (m,), the hashes of the rows' numbers.
         columns: (n,), those of the columns'.
     """
-    for chunk in paths.chunks(exact):
+    for chunk in heuristics.chunks(exact):
         part, noise = exact[chunk], rows[chunk, None] * columns
         bits = part.view(torch.int32)
         if out.dtype == torch.float16:  # drops 13 bits, not 16
@@ -112,7 +112,7 @@ _vectors: dict[tuple[torch.device, int], Tensor] = {}
 
 def _hashes(W0: Tensor, dim: int, salt: int) -> Tensor:
     length = W0.shape[dim]
-    if paths.plain():  # a constant for those who trace
+    if heuristics.plain():  # a constant for those who trace
         return torch.tensor(_numbers(length, salt), dtype=torch.int16, device=W0.device)
     if not is_concrete(W0):
         return hashes(torch.arange(length, device=W0.device), salt)

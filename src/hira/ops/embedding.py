@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hira.ops import paths
+from hira.ops import heuristics
 from hira.ops.dither import Noise, noise_of, round_into, rounded
-from hira.ops.modulate import no_autocast
+from hira.ops.effective_weight import no_autocast
 from hira.ops.workspace import formation_dtype
 
 
@@ -55,12 +55,12 @@ def embedding(
     """
     dtype = formation_dtype(W0.dtype)
     flat = ids.flatten()
-    plain = paths.plain()
+    plain = heuristics.plain()
     rows = F.embedding(flat, W0, sparse=sparse and not plain)
     columns: Tensor = A.index_select(1, flat).t() if plain else _Columns.apply(flat, A, sparse)
     if keep is not None:
         columns = columns * keep.reshape(-1, 1).to(columns.dtype)
-    noise = noise_of(W0) if paths.dithers(W0.dtype, W0.dtype) and not update_only else None
+    noise = noise_of(W0) if heuristics.dithers(W0.dtype, W0.dtype) and not update_only else None
     noise = noise and Noise(noise.rows[flat], noise.columns)
     share = _gradient_share(flat, padding_idx, scale_grad_by_freq, dtype)
     y: Tensor
@@ -116,7 +116,7 @@ def _modulated(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, up
     exact = _modulation(rows, columns, B, update_only) * rows
     if noise is None:
         return exact.to(rows.dtype)
-    if paths.plain():
+    if heuristics.plain():
         return rounded(exact, rows.dtype, noise)
     return round_into(torch.empty_like(rows), exact, noise.rows, noise.columns)
 
@@ -156,7 +156,7 @@ class _Columns(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if not ctx.sparse:
             zeros = dcolumns.new_zeros(ctx.shape)
-            add = zeros.index_add if paths.plain_backward(dcolumns) else zeros.index_add_
+            add = zeros.index_add if heuristics.plain_backward(dcolumns) else zeros.index_add_
             return None, add(1, ids, dcolumns.t()), None
         r = ctx.shape[0]
         factors = torch.arange(r, device=ids.device).repeat_interleave(ids.numel())

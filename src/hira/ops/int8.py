@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.ops import paths
+from hira.ops import heuristics
 from hira.ops.workspace import is_concrete
 
 # Sums of so many products of two codes stay within 32 bits.
@@ -36,7 +36,7 @@ def quantize(x: Tensor) -> Codes:
     largest = largest.float().clamp_min(_LEAST)
     inverse = 127 / largest
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
-    for part in paths.chunks(x):
+    for part in heuristics.chunks(x):
         codes[part] = (x[part] * inverse).round_()
     return Codes(codes, largest / 127)
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hira.ops import paths
-from hira.ops.int8 import Link, product, quantize, quantize_shared
-from hira.ops.modulate import (
+from hira.ops import heuristics
+from hira.ops.effective_weight import (
     block,
     cast_as_autocast,
     column_blocks,
@@ -24,6 +23,7 @@ from hira.ops.modulate import (
     row_blocks,
     weight_gradient,
 )
+from hira.ops.int8 import Link, product, quantize, quantize_shared
 from hira.ops.workspace import Workspace, formation_dtype
 
 Dequantize = Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ def linear(
         dequantize: maps `weight` to W0. Called in forward and again in backward, so that no dense copy is kept; the
             product then runs in x's dtype.
         weight_gradient: "int8" computes G, which serves dA and dB alone, from x and dy rounded to 8 bits, and keeps x
-            for backward in 8 bits. Where that cannot be, `paths.int8` says where, G is exact.
+            for backward in 8 bits. Where that cannot be, `heuristics.int8` says where, G is exact.
 
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
@@ -69,12 +69,12 @@ def linear(
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
     bias = bias if bias is None else bias.to(dtype)
-    if paths.plain():
+    if heuristics.plain():
         W0 = weight if dequantize is None else dequantize(weight)
         return F.linear(cast_as_autocast(x, dtype), plain_weight(W0, A, B, dtype, update_only=update_only), bias)
     flat = cast_as_autocast(x, dtype).reshape(-1, x.shape[-1])
     wanted = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
-    rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and paths.int8(x, B.shape[0])
+    rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and heuristics.int8(x, B.shape[0])
     codes, scale = quantize_shared(x) if rounded else (None, None)
     link = Link.apply(flat) if rounded and flat.requires_grad else None
     y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale, link)
@@ -115,7 +115,7 @@ class _Linear(torch.autograd.Function):
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = weight if ctx.dequantize is None else ctx.dequantize(weight)
         dx = dW0 = dA = dB = None
-        if paths.plain_backward(dy):
+        if heuristics.plain_backward(dy):
             with no_autocast(dy.device):
                 if need_x:
                     dx = torch.mm(dy, plain_weight(W0, A, B, dy.dtype, update_only=ctx.update_only))
@@ -144,17 +144,17 @@ class _Linear(torch.autograd.Function):
 
 def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
     """x (T, in) -> y (T, out), a block of W's rows at a time."""
-    if paths.decodes(x) and not update_only:
-        from hira.ops import cuda
+    if heuristics.decodes(x) and not update_only:
+        from hira.ops import triton
 
-        return cuda.decode(x, W0, A.unsqueeze(0), B.unsqueeze(0), bias=bias)
+        return triton.decode(x, W0, A.unsqueeze(0), B.unsqueeze(0), bias=bias)
     y = x.new_empty(x.shape[0], W0.shape[0])
     with no_autocast(x.device):
         by = modulation(W0, A, B, x.dtype, update_only=update_only)
         workspace = Workspace(W0, x.dtype)
         for rows in row_blocks(W0):
             W = block(W0[rows], by, workspace, rows)
-            if paths.transposed(x):
+            if heuristics.transposed(x):
                 y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
             elif bias is None:
                 torch.mm(x, W.t(), out=y[:, rows])
@@ -182,10 +182,10 @@ def linear_factor_gradients(
     With codes, G = diag(s) C diag(scale), where C is the product of the codes and s the scale of those of dy. The
     scales go to the factors, which are small: dA = B^T diag(s) (C * W0) diag(scale), and dB likewise.
     """
-    if paths.triton(W0) and scale is None:
-        from hira.ops import cuda
+    if heuristics.triton(W0) and scale is None:
+        from hira.ops import triton
 
-        return cuda.factor_gradients(dy, x, W0, A, B)
+        return triton.factor_gradients(dy, x, W0, A, B)
     dtype = formation_dtype(W0.dtype)
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hira.ops import paths
-from hira.ops.modulate import form, modulated_weight
+from hira.ops import heuristics
+from hira.ops.effective_weight import form, modulated_weight
 
 _AUTOGRAD: Any = torch._C._autograd  # PyTorch has no public way to ask for the hooks in use
 
@@ -54,12 +54,17 @@ def recomputed(*weights: Formed) -> Iterator[None]:
 
     PyTorch asks the innermost saved-tensor hooks alone. What is not of a W' is therefore handed on to the hooks
     outside, such as those of a checkpoint or of `save_on_cpu`, which treat it as they would have. Where that cannot be,
-    W' is kept as usual: before PyTorch 2.8, under `torch.compile`, and where `paths.plain` says so.
+    W' is kept as usual: before PyTorch 2.8, under `torch.compile`, and where `heuristics.plain` says so.
 
     Args:
         *weights: the W', from `formed`. None of them may be changed in place.
     """
-    if not (weights and torch.is_grad_enabled()) or torch.compiler.is_compiling() or paths.plain() or not _can_nest():
+    if (
+        not (weights and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or heuristics.plain()
+        or not _can_nest()
+    ):
         yield
         return
     by_storage = {_storage(weight.weight): weight.sources for weight in weights}

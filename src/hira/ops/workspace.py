@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hira.ops import paths
+from hira.ops import heuristics
 
 
 def formation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +55,7 @@ class Workspace:
     def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._kept = False  # until there is memory to give back
-        limit = paths.block_entries(W0.device)
+        limit = heuristics.block_entries(W0.device)
         entries = min(W0.numel(), max(limit, *W0.shape))
         kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)
         take = scratch.take if kept else partial(_fresh, W0)

@@ -1,0 +1,293 @@
+"""The commands for adapters and models on disk: `hira merge`, `hira convert`, `hira inspect`, `hira verify`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hira.errors import HiraError
+
+if TYPE_CHECKING:
+    from hira.files.merge import MergeReport
+
+
+_HUB = ", or owner/name[@revision] on the hub"
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Do it although an adapter is of another model, or merged already.")
+]
+
+
+class Source(str, Enum):
+    """The formats besides PEFT's that `hira convert` reads."""
+
+    original = "original"
+
+
+class Form(str, Enum):
+    """The methods besides HiRA that `hira convert` writes."""
+
+    lora = "lora"
+
+
+class Dtype(str, Enum):
+    """The dtypes that `hira merge` writes."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Rounding(str, Enum):
+    """The ways in which `hira merge` rounds to a half precision."""
+
+    nearest = "nearest"
+    dither = "dither"
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=f"The base model's folder, in safetensors{_HUB}.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"The folders of adapters{_HUB}.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="What an adapter's BA is multiplied by; once for each adapter.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="That of all floating-point tensors; their own by default.")
+    ] = None,
+    rounding: Annotated[
+        Rounding | None,
+        typer.Option(help="To a half precision; with a dither by default, where the base model is in one too."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of a file, such as 5GB; by default files stay what they are.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    any_base: AnyBase = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+) -> None:
+    """Merge adapters into a model on the disk, W' = W0 * (1 + BA), without loading it.
+
+    OUT is there whole or not at all. The same command goes on with what an interrupted one had finished.
+    """
+    # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _failing():
+        from hira.files.merge import merge_checkpoint, size_in_bytes
+
+        if weight and len(weight) != len(adapters):
+            raise typer.BadParameter(f"{len(weight)} weights for {len(adapters)} adapters", param_hint="--weight")
+        if max_shard_size is not None and size_in_bytes(max_shard_size) is None:
+            raise typer.BadParameter(f"{max_shard_size!r} is not a size such as 5GB", param_hint="--max-shard-size")
+        with _progress() as advance:
+            report = merge_checkpoint(
+                base,
+                adapters,
+                out,
+                weights=weight or None,
+                dtype=dtype and dtype.value,
+                rounding=None if rounding is None else "dither" if rounding is Rounding.dither else "nearest",
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                any_base=any_base,
+                allow_pickle=allow_pickle,
+                progress=advance,
+            )
+        for line in _merged(report):
+            _say(line)
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
+    source: Annotated[Source | None, typer.Option("--from", help="It is of the paper's repository.")] = None,
+    to: Annotated[Form | None, typer.Option("--to", help="Approximate it by a LoRA, which loses.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="The LoRA's rank.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on, for a LoRA.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Leave nothing that PEFT's own HiRA does not know.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    any_base: AnyBase = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+) -> None:
+    """Write an adapter in another form: from the paper's repository, as a LoRA, or for PEFT's own HiRA.
+
+    A LoRA of some rank cannot hold HiRA's update; what each layer and all of them lose is printed.
+    """
+    with _failing():
+        from hira.files.convert import contradiction, convert_adapter
+
+        if (problem := contradiction(source and source.value, to and to.value, rank, base, fold)) is not None:
+            raise typer.BadParameter(problem)
+        result = convert_adapter(
+            adapter,
+            out,
+            source="original" if source else None,
+            to="lora" if to else None,
+            rank=rank,
+            base=base,
+            fold=fold,
+            overwrite=overwrite,
+            any_base=any_base,
+            allow_pickle=allow_pickle,
+        )
+        for note in result.notes:
+            _say(f"note: {note}")
+        if result.lora is not None:
+            errors = {layer.name: layer.relative_error for layer in result.lora.layers}
+            Console().print(_losses(result.lora.rank, errors, result.lora.relative_error))
+            _say(result.lora.statement)
+        method = "LoRA" if result.lora else "HiRA"
+        _say(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
+    base: Annotated[str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it here.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures here.")] = None,
+    spectra: Annotated[bool, typer.Option(help="Find singular values of W0 and of the update.")] = True,
+    any_base: AnyBase = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+) -> None:
+    """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
+    for option, path in (("--plot", plot), ("--html", html)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
+    with _failing():
+        from hira.files import inspection, report_page, report_table
+
+        report = inspection.inspect_adapter(
+            adapter, base, spectra=spectra, any_base=any_base, allow_pickle=allow_pickle
+        )
+        if json:
+            print(report_table.to_json(report))
+        else:
+            console = Console()
+            if console.is_terminal:
+                for line in report_table.overview(report, console.width):
+                    print(line)
+                print()
+            else:  # a row for each module, of any width
+                Console(width=10_000).print(report_table.table(report))
+            for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
+                _say(line, width=console.width if console.is_terminal else None)
+        if plot is not None:
+            report_table.plot(report, plot, Path(adapter).name)
+        if html is not None:
+            report_page.write_page(report, html, Path(adapter).name)
+
+
+def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
+    """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
+    with _failing():
+        from hira.files import manifest
+
+        problems = manifest.verify(folder)
+        for problem in problems:
+            _say(problem, error=True)
+        if not problems:
+            _say(f"{folder}: every file is what it was when hira wrote it")
+    raise typer.Exit(1 if problems else 0)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Print a HiraError as a message, and fail with status 1."""
+    with _printable_messages():
+        try:
+            yield
+        except HiraError as error:
+            _say(f"hira: {error}", error=True)
+            raise typer.Exit(1) from error
+
+
+def _say(line: str, error: bool = False, width: int | None = None) -> None:
+    """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
+    from hira.files.printed import printable
+
+    shown = printable(line)
+    if width is not None:
+        shown = textwrap.fill(shown, width, break_long_words=False, break_on_hyphens=False)
+    print(shown, file=sys.stderr if error else sys.stdout)
+
+
+@contextmanager
+def _printable_messages() -> Iterator[None]:
+    """Have what other libraries log or warn of printed likewise: they quote what they read."""
+    from hira.files.printed import printable_lines
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:
+            return printable_lines(super().getMessage())
+
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+    logging.setLogRecordFactory(Record)
+    warnings.formatwarning = lambda *args, **kwargs: printable_lines(form(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, with bytes, their rate and the time that is left."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("merging", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _merged(report: MergeReport) -> Iterator[str]:
+    """What a merge did, or would do, in lines."""
+    size = f"{report.nbytes / 1e9:.3g} GB in {len(report.shards)} {'file' if len(report.shards) == 1 else 'files'}"
+    done = f"{size} would be written, {report.free_bytes / 1e9:.3g} GB are free"
+    if not report.dry_run:
+        done = f"{size}, {report.seconds:.3g} s, {report.nbytes / 1e9 / report.seconds:.3g} GB/s"
+    yield f"{report.out}: {done}"
+    counts = {"merged": report.merged, "replaced": report.replaced, "added": report.added}
+    yield f"tensors: {', '.join(f'{len(names)} {how}' for how, names in counts.items())}, of {report.tensors}"
+    if report.resumed:
+        yield f"finished before: {', '.join(report.resumed)}"
+    if report.dry_run:
+        yield from (f"{how}: {name}" for how, names in counts.items() for name in names)
+    yield from (f"left out: {name}, {why}" for name, why in report.skipped.items())
+    yield from (f"note: {note}" for note in report.notes)
+
+
+def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
+    """What a LoRA lost of each module, and of all."""
+    from hira.files.printed import printable
+
+    table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)
+    table.add_column("module", "all", overflow="fold")
+    table.add_column("relative error", f"{overall:.4f}", justify="right")
+    for name, error in errors.items():
+        table.add_row(Text(printable(name)), f"{error:.4f}")
+    return table

@@ -1,0 +1,23 @@
+"""The configuration of HiRA adapters."""
+
+import peft  # noqa: F401  which registers hira, before any module here is half imported
+
+from hira.config.hira_config import (
+    HiraConfig,
+    InitWeights,
+    check_adapter_file,
+    check_config,
+    check_init_weights,
+    check_rank,
+    rank_of,
+)
+
+__all__ = [
+    "HiraConfig",
+    "InitWeights",
+    "check_adapter_file",
+    "check_config",
+    "check_init_weights",
+    "check_rank",
+    "rank_of",
+]

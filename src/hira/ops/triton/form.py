@@ -1,0 +1,181 @@
+"""W' = W0 * (1 + BA) in one pass over the weight."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hira.errors import HiraError
+from hira.ops.triton.arithmetic import DTYPES, check_dtype, check_weight, on_device_of, round_to
+
+BLOCK_M, BLOCK_N, BLOCK_R = 64, 128, 16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dither(exact, noise, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add noise, int16, to the bits that rounding to dtype drops, as `hira.ops.dither.round_into` does."""
+    least: tl.constexpr = 2.0**-126 if dtype == tl.bfloat16 else 2.0**-14
+    most: tl.constexpr = 2.0**128 - 2.0**120 if dtype == tl.bfloat16 else 65504.0
+    if dtype == tl.float16:  # drops 13 bits, not 16
+        noise = (noise >> 3) | 1
+    size = tl.abs(exact)
+    bits = exact.to(tl.int32, bitcast=True)
+    bits = tl.where((size >= least) & (size <= most), bits + noise.to(tl.int32), bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def form_kernel(  # type: ignore[no-untyped-def]
+    W0,
+    A,
+    B,
+    out,
+    row_noise,
+    column_noise,
+    rows,
+    columns,
+    r,
+    W0_row,
+    W0_column,
+    A_rank,
+    A_column,
+    B_row,
+    B_rank,
+    out_row,
+    out_column,
+    UPDATE_ONLY: tl.constexpr,
+    DITHER: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Form one tile (BLOCK_M, BLOCK_N); offsets are 64 bits wide."""
+    tiles_n = (columns + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    i = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = (tile % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows, in_columns = i < rows, j < columns
+    inside = in_rows[:, None] & in_columns[None, :]
+    modulation = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for start in range(0, r, BLOCK_R):
+        k = start + tl.arange(0, BLOCK_R).to(tl.int64)
+        in_rank = k < r
+        b = tl.load(
+            B + i[:, None] * B_row + k[None, :] * B_rank, mask=in_rows[:, None] & in_rank[None, :], other=0.0
+        ).to(tl.float32)
+        a = tl.load(
+            A + k[:, None] * A_rank + j[None, :] * A_column, mask=in_rank[:, None] & in_columns[None, :], other=0.0
+        ).to(tl.float32)
+        modulation = tl.dot(b, a, modulation, input_precision="ieee")
+    if not UPDATE_ONLY:
+        modulation += 1.0
+    w = tl.load(W0 + i[:, None] * W0_row + j[None, :] * W0_column, mask=inside, other=0.0)
+    exact = w.to(tl.float32) * modulation
+    if DITHER:
+        noise_i = tl.load(row_noise + i, mask=in_rows, other=0)
+        noise_j = tl.load(column_noise + j, mask=in_columns, other=0)
+        exact = _dither(exact, noise_i[:, None] * noise_j[None, :], DTYPE)  # int16, wraps
+    tl.store(out + i[:, None] * out_row + j[None, :] * out_column, round_to(exact, DTYPE), mask=inside)
+
+
+def form(
+    W0: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dtype: torch.dtype,
+    *,
+    update_only: bool = False,
+    noise: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Form an adapted weight in one pass.
+
+    Equation: ``W' = W0 * (1 + BA)``, or ``W0 * BA`` with ``update_only``; 1 + BA and its product with W0 in float32,
+    rounded once, to nearest even or with a dither.
+
+    Args:
+        W0: (out, in), float32, bfloat16 or float16, of any strides.
+        A: (r, in), any floating dtype, of any strides; converted to float32.
+        B: (out, r), likewise.
+        dtype: that of the result: float32, bfloat16 or float16.
+        update_only: leave out the 1.
+        noise: the hashes of row numbers (out,) and of column numbers (in,), odd int16, as `hira.ops.dither.noise_of`
+            gives them; None to round to nearest. For bfloat16 and float16 only.
+
+    Returns:
+        W' (out, in), of ``dtype`` and W0's memory layout. Not tracked by autograd.
+
+    Raises:
+        HiraError: shapes or dtypes do not fit.
+
+    Cost: (2 r + 2) out in operations in float32, outside the tensor cores; W0 is read once and W' written once. A is
+    read out / 64 times and B in / 128 times, mostly from cache. No temporaries.
+
+    Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/architecture.md.
+    """
+    check_weight("form", W0, A, B)
+    check_dtype("form", "the result", dtype)
+    row_noise, column_noise = (None, None) if noise is None else noise
+    if noise is not None:
+        shapes = [(tuple(vector.shape), vector.dtype) for vector in noise]
+        if shapes != [((size,), torch.int16) for size in W0.shape]:
+            raise HiraError(f"form: noise is {shapes}; for W0 {tuple(W0.shape)} it must be one int16 vector for each")
+        if dtype == torch.float32:
+            raise HiraError("form: noise was given for a float32 result, which is not rounded")
+    function = torch.ops.hira.triton_form if torch.compiler.is_compiling() else _form
+    weight: Tensor = function(W0, A, B, dtype, update_only, row_noise, column_noise)
+    return weight
+
+
+def _form(
+    W0: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dtype: torch.dtype,
+    update_only: bool,
+    row_noise: Tensor | None,
+    column_noise: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(W0, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    if row_noise is not None and column_noise is not None:
+        row_noise, column_noise = row_noise.contiguous(), column_noise.contiguous()
+    rows, columns = W0.shape
+    with on_device_of(W0):
+        form_kernel[(triton.cdiv(rows, BLOCK_M) * triton.cdiv(columns, BLOCK_N),)](
+            W0,
+            A,
+            B,
+            out,
+            row_noise,
+            column_noise,
+            rows,
+            columns,
+            A.shape[0],
+            *W0.stride(),
+            *A.stride(),
+            *B.stride(),
+            *out.stride(),
+            UPDATE_ONLY=update_only,
+            DITHER=row_noise is not None,
+            DTYPE=DTYPES[dtype],
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_R=BLOCK_R,
+            num_warps=8,
+        )
+    return out
+
+
+torch.library.custom_op(
+    "hira::triton_form",
+    _form,
+    mutates_args=(),
+    schema=(
+        "(Tensor W0, Tensor A, Tensor B, ScalarType dtype, bool update_only, Tensor? row_noise, Tensor? column_noise)"
+        " -> Tensor"
+    ),
+).register_fake(lambda W0, A, B, dtype, update_only, row_noise, column_noise: torch.empty_like(W0, dtype=dtype))

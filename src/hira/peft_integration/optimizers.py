@@ -1,0 +1,68 @@
+"""PEFT's optimizers for LoRA, which find its parameters by their names, on models with HiRA adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hira.errors import HiraError
+from hira.layers.experts import ParamWrapper
+from hira.layers.linear import Embedding, HiraLayer
+from hira.tuner.model import hira_layers
+
+Pairs = list[tuple[nn.Parameter, nn.Parameter]]
+
+
+def loraplus(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """`create_loraplus_optimizer`, that gives HiRA's B the rate, and the decay, that it gives LoRA's."""
+
+    @functools.wraps(create)
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+        optimizer = create(model, *args, **kwargs)
+        layers = [layer for layer in hira_layers(model) if not isinstance(layer, Embedding)]
+        ids = {id(B) for layer in layers for B in layer._factor_dicts[1].values()}
+        others, _, groupB, _ = optimizer.param_groups
+        groupB["params"] += [parameter for parameter in others["params"] if id(parameter) in ids]
+        others["params"] = [parameter for parameter in others["params"] if id(parameter) not in ids]
+        return optimizer
+
+    return wrapper
+
+
+def lorafa(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """`create_lorafa_optimizer`, that refuses a model with HiRA adapters, on which it would be plain AdamW."""
+
+    @functools.wraps(create)
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+        if hira_layers(model):
+            raise HiraError(
+                "create_lorafa_optimizer is for LoRA: it freezes each lora_A and projects the gradient of lora_B, and "
+                "leaves HiRA's adapters, which this model has, to plain AdamW. Use create_loraplus_optimizer, "
+                "create_riemannian_optimizer or an optimizer of PyTorch."
+            )
+        return create(model, *args, **kwargs)
+
+    return wrapper
+
+
+def riemannian_pairs(collect: Callable[[nn.Module], Pairs]) -> Callable[[nn.Module], Pairs]:
+    """What finds the pairs of A and B to precondition, that finds HiRA's matrices too: the loss is a function of BA."""
+
+    @functools.wraps(collect)
+    def wrapper(model: nn.Module) -> Pairs:
+        return collect(model) + [pair for layer in hira_layers(model) for pair in _matrices(layer)]
+
+    return wrapper
+
+
+def _matrices(layer: HiraLayer) -> Pairs:
+    """A and B of each adapter that trains, of a layer that adapts one matrix that is not an embedding's."""
+    if isinstance(layer, Embedding | ParamWrapper):
+        return []
+    As, Bs = layer._factor_dicts
+    pairs = [(As[name], Bs[name]) for name in As]
+    return [(A, B) for A, B in pairs if A.dim() == 2 and A.requires_grad and B.requires_grad]

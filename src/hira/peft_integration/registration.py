@@ -1,0 +1,304 @@
+"""Puts HiRA's classes in the place of PEFT's own, and back; only this file touches PEFT's registries and modules."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Union
+
+import peft
+import peft.functional
+import peft.helpers
+import peft.mapping
+import peft.mixed_model
+import peft.optimizers.lorafa
+import peft.optimizers.loraplus
+import peft.peft_model
+import peft.tuners
+import peft.tuners.hira
+import peft.tuners.mixed
+import peft.tuners.mixed.model
+import peft.tuners.tuners_utils
+import peft.tuners.xlora.model
+import peft.utils.save_and_load
+from huggingface_hub import ModelCard
+from peft.utils import PeftType
+from torch import nn
+from transformers import GenerationMixin
+
+from hira import config as config_module
+from hira.base_weights.offloaded import left_where_it_is
+from hira.config import HiraConfig
+from hira.layers import bitsandbytes, dispatch, linear
+from hira.layers.inference_cache import inference_cache
+from hira.layers.linear import HiraLayer
+from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
+from hira.tuner import model as model_module
+from hira.tuner.mixed_model import HiraMixedModel
+from hira.tuner.model import HiraModel, check_new_name, hira_layers
+from hira.tuner.state_dicts import loading, saving
+from hira.tuner.transaction import unchanged_on_error
+from hira.version import __version__
+
+# the name under which PEFT's own HiRA can be imported while this package has its place; what is pickled refers to it
+STOCK_NAME = "peft.tuners.hira_stock"
+# the modules of PEFT's own HiRA, and what stands for them
+_MODULES = {"config": config_module, "layer": linear, "model": model_module, "bnb": bitsandbytes, "dispatch": dispatch}
+_MISSING = object()
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Make PEFT use this package's HiRA: its type HIRA, its names, its mixed models, its loading. Safe to repeat."""
+    if _undo:
+        return
+    try:
+        for target, name, value in _replacements():
+            _replace(target, name, value)
+    except BaseException:
+        unregister()
+        raise
+
+
+def unregister() -> None:
+    """Give PEFT its own HiRA back. Models that were made with this package's layers keep them. Safe to repeat."""
+    while _undo:
+        _undo.pop()()
+
+
+def is_registered() -> bool:
+    """Whether PEFT uses this package's HiRA now."""
+    return bool(_undo)
+
+
+def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
+    yield peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.HIRA, HiraConfig
+    yield peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, PeftType.HIRA, HiraModel
+    yield peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType.HIRA, HiraModel
+    yield peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PeftType.HIRA, HiraModel.prefix
+
+    stock_config, stock_model = peft.tuners.hira.HiraConfig, peft.tuners.hira.HiraModel
+    yield stock_model, "inject_adapter", _refusing(stock_model.inject_adapter)
+    yield from _stock_marked()
+    for module in (peft, peft.tuners):
+        yield module, "HiraConfig", HiraConfig
+        yield module, "HiraModel", HiraModel
+
+    package = _alias("peft.tuners.hira", sys.modules["hira"])
+    package.__path__ = []
+    yield sys.modules, "peft.tuners.hira", package
+    yield peft.tuners, "hira", package
+    for short, source in _MODULES.items():
+        name = f"peft.tuners.hira.{short}"
+        module = _alias(name, source)
+        setattr(package, short, module)
+        yield sys.modules, name, module
+
+    mixed = peft.tuners.mixed.model
+    compatible = (*mixed.COMPATIBLE_TUNER_TYPES, PeftType.HIRA)
+    yield mixed, "COMPATIBLE_TUNER_TYPES", compatible
+    yield peft.tuners.mixed, "COMPATIBLE_TUNER_TYPES", compatible
+    yield mixed, "PREFIXES", [*mixed.PREFIXES, HiraModel.prefix]
+    yield mixed, "Configs", Union[(*mixed.Configs.__args__, HiraConfig, stock_config)]
+    yield mixed, "Layers", (*mixed.Layers, HiraLayer)
+    for module in (mixed, peft.tuners.mixed, peft.tuners, peft.mixed_model):
+        yield module, "MixedModel", HiraMixedModel
+
+    tuners = peft.tuners.tuners_utils
+    yield tuners, "onload_layer", _onloading_others(tuners.onload_layer)
+
+    storing = peft.utils.save_and_load
+    for module in (peft, peft.utils, storing, peft.peft_model, peft.functional, peft.tuners.xlora.model):
+        for name, wrap in (("get_peft_model_state_dict", saving), ("set_peft_model_state_dict", loading)):
+            if name in vars(module):
+                yield module, name, wrap(vars(module)[name])
+
+    # of which rescale_adapter_scale changes the scaling
+    yield peft.helpers, "LoraLayer", (peft.helpers.LoraLayer, HiraLayer)
+    optimizers = peft.optimizers
+    # of which create_loraplus_optimizer has a rate of its own
+    yield optimizers.loraplus, "Embedding", (optimizers.loraplus.Embedding, linear.Embedding)
+    for module in (optimizers, optimizers.loraplus):
+        yield module, "create_loraplus_optimizer", loraplus(module.create_loraplus_optimizer)
+    for module in (optimizers, optimizers.lorafa):
+        yield module, "create_lorafa_optimizer", lorafa(module.create_lorafa_optimizer)
+    riemannian = getattr(optimizers, "riemannian", None)  # not in PEFT 0.20
+    if riemannian is not None:
+        yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
+
+    yield peft.PeftModel, "add_adapter", _copying_for_trl(peft.PeftModel.add_adapter)
+    yield peft.PeftModel, "create_or_update_model_card", _naming_hira(peft.PeftModel.create_or_update_model_card)
+    yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
+
+    for model in (peft.PeftModel, peft.PeftMixedModel):
+        yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
+        yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
+
+
+def _stock_marked() -> Iterator[tuple[Any, str, Any]]:
+    """Other names for PEFT's own classes, and layers that say whose they are when they are printed, run or saved."""
+    warn = functools.cache(_warn_of_stock)
+    for name, module in list(sys.modules.items()):
+        if name != "peft.tuners.hira" and not name.startswith("peft.tuners.hira."):
+            continue
+        new_name = STOCK_NAME + name.removeprefix("peft.tuners.hira")
+        yield sys.modules, new_name, module
+        for stock in vars(module).values():
+            if not isinstance(stock, type) or stock.__module__ != name:
+                continue
+            yield stock, "__module__", new_name
+            if "__repr__" in vars(stock) and issubclass(stock, nn.Module):
+                yield stock, "__repr__", _prefixed(stock.__repr__)
+                yield stock, "forward", _warning(stock.forward, warn)
+                yield stock, "_save_to_state_dict", _warning(stock._save_to_state_dict, warn)
+
+
+def _prefixed(represent: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda self: f"peft.tuners.{represent(self)}"
+
+
+def _warning(function: Callable[..., Any], warn: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        warn()
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _warn_of_stock() -> None:
+    warnings.warn(
+        "A model has layers of PEFT's own HiRA, made before hira was imported: hira has no part in what it computes. "
+        "Import hira before get_peft_model and from_pretrained; here, save the adapter, unload() the model and load it "
+        "again. To go on with PEFT's layers, call hira.unregister().",
+        stacklevel=3,
+    )
+
+
+def _naming_hira(create_or_update_model_card: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's writing of a model card, with this package and its version where the model has its layers."""
+
+    @functools.wraps(create_or_update_model_card)
+    def wrapper(self: Any, output_dir: str) -> None:
+        create_or_update_model_card(self, output_dir)
+        if not _has_hira(self):
+            return
+        file = Path(output_dir, "README.md")
+        card = ModelCard.load(file)
+        card.data["tags"] = sorted({*(card.data.get("tags") or ()), "hira"})
+        lines, line = card.text.splitlines(), f"- hira {__version__}"
+        if line not in lines:
+            lines.insert(lines.index(f"- PEFT {peft.__version__}") + 1, line)
+        card.text = "\n".join(lines)
+        card.save(file)
+
+    return wrapper
+
+
+def _replace(target: Any, name: Any, value: Any) -> None:
+    """Set an attribute, or the entry of a mapping, and remember how to undo it."""
+    if isinstance(target, MutableMapping):
+        old = target.get(name, _MISSING)
+        target[name] = value
+        restore, remove = target.__setitem__, target.__delitem__
+    else:
+        old = vars(target).get(name, _MISSING)
+        setattr(target, name, value)
+        restore, remove = functools.partial(setattr, target), functools.partial(delattr, target)
+    _undo.append(functools.partial(remove, name) if old is _MISSING else functools.partial(restore, name, old))
+
+
+def _alias(name: str, source: ModuleType) -> ModuleType:
+    """A module of another name whose attributes are those of ``source``."""
+    module = ModuleType(name, source.__doc__)
+    module.__spec__ = ModuleSpec(name, None)
+    module.__getattr__ = functools.partial(getattr, source)  # type: ignore[method-assign]
+    module.__dir__ = functools.partial(dir, source)  # type: ignore[method-assign]
+    return module
+
+
+def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`inject_adapter` of PEFT's own HiraModel, that adds no adapter to its layers while this package is registered."""
+
+    @functools.wraps(inject_adapter)
+    def wrapper(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        check_new_name(model, adapter_name, self.peft_config)
+        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    return wrapper
+
+
+def _has_hira(model: nn.Module) -> bool:
+    return any(isinstance(module, HiraLayer) for module in model.modules())
+
+
+def _copying_for_trl(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.add_adapter`, that fills in the reference adapter of TRL's trainers.
+
+    They add it with the configuration of the adapter to train, and then copy the parameters whose names contain
+    ".default."; those of HiRA, as PEFT names them, end in ".default".
+    """
+
+    @functools.wraps(add_adapter)
+    def wrapper(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        given = next((name for name, config in self.peft_config.items() if config is peft_config), None)
+        added = add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+        if given is not None and sys._getframe(1).f_globals["__name__"].startswith("trl."):
+            for layer in hira_layers(self):
+                layer.copy_adapter(given, adapter_name)
+        return added
+
+    return wrapper
+
+
+def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """PEFT's way of bringing an offloaded layer in to merge it, for all layers but those that do so themselves."""
+
+    @functools.wraps(onload_layer)
+    def wrapper(layer: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if isinstance(layer, HiraLayer) else onload_layer(layer)
+
+    return wrapper
+
+
+def _is_spread_for_hira(model: nn.Module, model_id: Any, options: dict[str, Any]) -> bool:
+    """Whether a model that accelerate has spread over devices is about to get a HiRA adapter."""
+    if not any("hf_device_map" in module.__dict__ for module in model.modules()):
+        return False
+    config = options.get("config")
+    if config is not None:
+        return bool(config.peft_type == PeftType.HIRA)
+    where = ("subfolder", "revision", "cache_dir", "use_auth_token", "token")
+    given = {name: options[name] for name in where if options.get(name) is not None}
+    found = peft.PeftConfig._get_peft_type(model_id, **given)
+    return bool(found == PeftType.HIRA)
+
+
+def _all_or_nothing(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.load_adapter`, that takes a HiRA adapter it could not load out of the model again."""
+
+    @functools.wraps(load_adapter)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with unchanged_on_error(self, only_if=_has_hira), left_where_it_is(self) if _has_hira(self) else nullcontext():
+            return load_adapter(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _all_or_nothing_class(from_pretrained: Any) -> Any:
+    """`PeftModel.from_pretrained`, that takes a HiRA adapter it could not load out of the base model again."""
+    function = from_pretrained.__func__
+
+    @functools.wraps(function)
+    def wrapper(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = left_where_it_is(model) if _is_spread_for_hira(model, model_id, kwargs) else nullcontext()
+        with unchanged_on_error(model, only_if=_has_hira), hidden:
+            return function(cls, model, model_id, *args, **kwargs)
+
+    return classmethod(wrapper)

@@ -1,0 +1,231 @@
+"""What a state dict has to be like to be saved as an adapter's, or loaded as one, and the names in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft.utils import PeftType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hira.distributed.detection import is_dtensor
+from hira.errors import HiraError
+from hira.files.adapter import PREFIX, plain_name, stacked
+from hira.files.architecture import Architecture
+from hira.layers.experts import ParamWrapper
+from hira.layers.linear import HiraLayer
+
+_FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without those of wrappers that take themselves out of state dicts."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def saving(get_state_dict: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """`get_peft_model_state_dict`, that leaves wrappers such as torch.compile's out of the names of HiRA's tensors."""
+
+    @functools.wraps(get_state_dict)
+    def wrapper(
+        model: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if not _is_hira(model, adapter_name):
+            return get_state_dict(model, state_dict, adapter_name, *args, **kwargs)
+        names = _module_names(model)
+        if state_dict is not None:
+            state_dict = {_replaced(plain_name(key), names): value for key, value in state_dict.items()}
+        found = get_state_dict(model, state_dict, adapter_name, *args, **kwargs)
+        plain = {name: key for key, name in names.items()}
+        return {_replaced(key, plain): value for key, value in found.items()}
+
+    return wrapper
+
+
+def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`set_peft_model_state_dict`, that finds HiRA's tensors under names of another layout of the model."""
+
+    @functools.wraps(set_state_dict)
+    def wrapper(
+        model: Any,
+        peft_model_state_dict: Mapping[str, Tensor],
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        state_dict = dict(peft_model_state_dict)
+        if _is_hira(model, adapter_name):
+            state_dict = _in_names_of(model, state_dict)
+        return set_state_dict(model, state_dict, adapter_name, *args, **kwargs)
+
+    return wrapper
+
+
+def _is_hira(model: Any, adapter_name: str) -> bool:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    return config is not None and config.peft_type == PeftType.HIRA
+
+
+def _module_names(model: nn.Module) -> dict[str, str]:
+    """The names of a model's modules in its state dict, by their names without those of wrappers around modules."""
+    plain: dict[str, str] = {}
+    wrappers: set[str] = set()
+    found = {}
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        of_parent = plain.get(parent, "")
+        adds_nothing = name == "" or parent in wrappers or plain_name(last) == ""
+        plain[name] = of_parent if adds_nothing else f"{of_parent}.{last}".removeprefix(".")
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            wrappers.add(name)
+        found[plain[name]] = unwrapped(name)
+    return found
+
+
+def _replaced(key: str, names: Mapping[str, str]) -> str:
+    """A key under another name of the innermost module that it has a name for."""
+    module, rest = key, ""
+    while module and module not in names:
+        module, _, last = module.rpartition(".")
+        rest = f".{last}{rest}"
+    return f"{names[module]}{rest}".removeprefix(".") if module else key
+
+
+def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names of a model's modules, as they are now and with wrappers around them."""
+    names = _module_names(model)
+    has_prefix = PREFIX.removesuffix(".") in names
+    tensors: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        plain = plain_name(key)
+        if not has_prefix:
+            plain = plain.removeprefix(PREFIX)
+        without = plain.replace(f"{PREFIX}module.", PREFIX, 1)  # which DDP had around the base model
+        if plain.rpartition(".")[0] not in names and without.rpartition(".")[0] in names:
+            plain = without
+        if plain in tensors:
+            raise HiraError(f"The checkpoint has {plain} twice, under names that differ by those of wrappers alone.")
+        tensors[plain] = value
+    prefix = PREFIX if has_prefix else ""
+    return {_replaced(key, names): value for key, value in _converted(model, tensors, names, prefix).items()}
+
+
+def _converted(model: Any, tensors: dict[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
+    """Tensors under the names that transformers has for the modules now, where a model lacks those that they have.
+
+    Experts that were modules are one parameter now, on which there is a ParamWrapper; their factors are joined.
+    """
+    unknown: dict[str, str] = {}  # keys without the last part, by the name of a weight
+    for key in tensors:
+        module = key.rpartition(".")[0]
+        if module not in names and key.startswith(prefix):
+            unknown[f"{module.removeprefix(prefix)}.weight"] = module
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(base, "_orig_mod", base)
+    if not unknown or not isinstance(base, PreTrainedModel):
+        return tensors
+    wrappers = {
+        f"{plain_name(name).replace('.base_layer', '')}.{layer.parameter_name}": plain_name(name)
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParamWrapper)
+    }
+    converted = dict(tensors)
+    for name, location in Architecture(base).locate(unknown).items():
+        if location is None:
+            continue
+        modules = [[unknown[weight] for weight in each] for each in location.tensors]
+        if not location.stacked:
+            new = prefix + name.removesuffix(".weight")
+            for key in [key for key in tensors if key.rpartition(".")[0] == modules[0][0]]:
+                converted[f"{new}.{key.rpartition('.')[2]}"] = converted.pop(key)
+        elif prefix + name in wrappers:
+            keys = [[(f"{module}.hira_A", f"{module}.hira_B") for module in each] for each in modules]
+            absent = [key for each in keys for pair in each for key in pair if key not in converted]
+            if absent:
+                raise HiraError(
+                    f"The checkpoint lacks {', '.join(absent[:5])}, of experts that {name} holds. Nothing was loaded: "
+                    "the file is not complete, copy or download it again."
+                )
+            pairs = [[(converted.pop(A), converted.pop(B)) for A, B in each] for each in keys]
+            joined = stacked(name, pairs)
+            for factor, value in zip(("hira_A", "hira_B"), joined, strict=True):
+                converted[f"{wrappers[prefix + name]}.{factor}"] = value
+    return converted
+
+
+def check_whole(state_dict: dict[str, Tensor]) -> None:
+    """Refuse to save what other processes have parts of."""
+    for key, value in state_dict.items():
+        if is_dtensor(value) or value.numel() == 0:
+            raise HiraError(
+                f"{key} is spread over processes: here it is a {type(value).__name__} of shape {tuple(value.shape)}. "
+                "Gather the state dict first, with accelerator.get_state_dict(model), Trainer.save_model or "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, and pass it "
+                "as state_dict to save_pretrained or get_peft_model_state_dict."
+            )
+
+
+def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
+
+    PEFT up to 0.21 ignores `rank_pattern` for a model's first adapter, so a file may hold tensors of rank r where the
+    pattern has another: there the file's rank wins.
+    """
+    _drop_absent_experts(model, config, adapter_name, state_dict)
+    problems: list[str] = []
+    expected: set[str] = set()
+    resized: list[HiraLayer] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
+            continue
+        keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
+        expected.update(keys)
+        missing = [key for key in keys if key not in state_dict]
+        problems += [f"{key} is missing" for key in missing]
+        if missing:
+            continue
+        found = tuple(tuple(state_dict[key].shape) for key in keys)
+        shapes = layer._factor_shapes(layer.r[adapter_name])
+        if found != shapes and config.rank_pattern and found == layer._factor_shapes(config.r):
+            resized.append(layer)
+        elif found != shapes:
+            problems += [f"{k} is of shape {f}, not {s}" for k, f, s in zip(keys, found, shapes, strict=True) if f != s]
+    problems += [
+        f"{key} belongs to no adapted module"
+        for key in state_dict
+        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(_FACTORS)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise HiraError(
+            f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems[:5])}{more}. Nothing was "
+            "loaded. Check that it was trained on this model, with this configuration."
+        )
+    for layer in resized:
+        layer.resize_adapter(adapter_name, config.r)
+
+
+def _drop_absent_experts(model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Take an adapter away from experts that its configuration names as modules, where the checkpoint has none of them.
+
+    So it is in one that was made where such names found the linear layers alone.
+    """
+    derived = getattr(config, "parameters_of_modules", ())
+    wrappers = {
+        unwrapped(name): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParamWrapper) and layer._present([adapter_name])
+    }
+    absent = all(
+        f"{name}.{factor}.{adapter_name}" not in state_dict for name in wrappers for factor in ("hira_A", "hira_B")
+    )
+    if derived and absent and set(config.target_parameters) == set(derived):
+        for layer in wrappers.values():
+            layer.delete_adapter(adapter_name)
+        config.target_parameters = None
