@@ -442,7 +442,8 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             return self._combined(x, names, base_output)
         if not self.storage.takes_dense:
             return self._with_updates(base_output(), x, names)
-        if any(map(self._drops, names)) and self._can_intercept():
+        plain = self._has_one_product() and offloaded.is_own_forward(self.get_base_layer())
+        if plain and any(map(self._drops, names)):
             # what is around the plain layer, hooks and another tuner's dropout, runs once
             if torch.compiler.is_compiling():
                 return self._with_updates(base_output(), x, names)

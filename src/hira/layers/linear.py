@@ -312,9 +312,9 @@ class ConvNd(HiraLayer):
             dequantize=storage.dequantize,
         )
 
-    def _can_intercept(self) -> bool:
+    def _has_one_product(self) -> bool:
         # padding other than with zeros is on x before it arrives there
-        return self.get_base_layer().padding_mode == "zeros" and super()._can_intercept()
+        return self.get_base_layer().padding_mode == "zeros" and super()._has_one_product()
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._convolve(x, A, B, self.storage.bias, update_only=False)

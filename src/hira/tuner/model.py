@@ -31,7 +31,7 @@ from hira.tuner.transaction import unchanged_on_error
 
 STOCK_PACKAGE = "peft.tuners.hira"
 _EXPAND = "_expand_inputs_for_generation"
-# of the call of generate() in this context, the adapters' names by the number of rows
+# the adapters' names by the number of rows, of the call of the model in this context
 _rows_of_call: ContextVar[dict[int, list[str]] | None] = ContextVar("rows_of_call", default=None)
 _lock = threading.Lock()
 
@@ -238,12 +238,13 @@ class HiraModel(BaseTuner):
         pass_names = partial(_pass_adapter_names, by_rows=by_rows)
         layers = [module for module in self.modules() if isinstance(module, HiraLayer | AuxiliaryTrainingWrapper)]
         handles = [layer.register_forward_pre_hook(pass_names, with_kwargs=True) for layer in layers]
-        token = adapters_of_rows.set(list(adapter_names))
+        token, token_of_rows = adapters_of_rows.set(list(adapter_names)), _rows_of_call.set(by_rows)
         try:
-            with _names_repeated_by_generate(self.model, by_rows):
+            with _names_repeated_by_generate(self.model):
                 yield
         finally:
             adapters_of_rows.reset(token)
+            _rows_of_call.reset(token_of_rows)
             for handle in handles:
                 handle.remove()
 
@@ -398,14 +399,13 @@ class _Expansion:
 
 
 @contextmanager
-def _names_repeated_by_generate(model: nn.Module, by_rows: dict[int, list[str]]) -> Iterator[None]:
+def _names_repeated_by_generate(model: nn.Module) -> Iterator[None]:
     """Add the names of the rows that generate() makes of each sample, one for each beam or returned sequence."""
     model = getattr(model, "_orig_mod", model)
     expand = getattr(model, _EXPAND, None)
     if expand is None:
         yield
         return
-    token = _rows_of_call.set(by_rows)
     with _lock:
         expansion = vars(model).get(_EXPAND)
         if not isinstance(expansion, _Expansion):
@@ -415,7 +415,6 @@ def _names_repeated_by_generate(model: nn.Module, by_rows: dict[int, list[str]])
     try:
         yield
     finally:
-        _rows_of_call.reset(token)
         with _lock:
             expansion.calls -= 1
             if expansion.calls == 0 and expansion.before is None:
@@ -428,5 +427,8 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], by_rows: dict[int, list[str]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hand a layer the names for as many rows as it got: an encoder gets the samples, a decoder what they became."""
+    of_call = _rows_of_call.get()
+    if of_call is not None and of_call is not by_rows:  # the call of another thread, whose hook is here too
+        return args, kwargs
     rows = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0)
     return args, {**kwargs, "adapter_names": by_rows.get(rows, next(iter(by_rows.values())))}
