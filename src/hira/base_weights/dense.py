@@ -21,6 +21,7 @@ from hira.ops.linear import Dequantize
 
 DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DENSE_FORWARDS = tuple(kind.forward for kind in DENSE_LAYERS)
 
 
 class Storage:
@@ -57,7 +58,7 @@ class Storage:
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         """The forwards that compute the plain function of W0, for which one product with W' stands in."""
-        return tuple(kind.forward for kind in DENSE_LAYERS)
+        return _DENSE_FORWARDS
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

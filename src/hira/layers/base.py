@@ -190,7 +190,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     @property
     def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
         A, B = self.factor_names
-        return getattr(self, A), getattr(self, B)
+        return self._modules[A], self._modules[B]  # type: ignore[return-value]
 
     def _set_factors(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
         for factors, value in zip(self._factor_dicts, (A, B), strict=True):
@@ -201,7 +201,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     def _factor(self, factors: nn.ParameterDict, name: str) -> Tensor:
         """A or B of an adapter, brought in if it was offloaded."""
-        factor: Tensor = factors[name]
+        factor: Tensor = getattr(factors, name)
         if factor.is_meta:
             offloaded.check_can_train(factors, name)
             factor = offloaded.present(factors, name)
@@ -521,12 +521,10 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def _is_plain(self, base: nn.Module | None = None) -> bool:
         """Whether a layer, the one inside by default, does no more than the forward of its type."""
         base = self.base_layer if base is None else base
+        if type(base).forward not in self.storage.plain_forwards or not offloaded.is_own_forward(base):
+            return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        return (
-            type(base).forward in self.storage.plain_forwards
-            and offloaded.is_own_forward(base)
-            and all(only_gathers(hook) for kind in hooks for hook in kind.values())
-        )
+        return not any(hooks) or all(only_gathers(hook) for kind in hooks for hook in kind.values())
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:

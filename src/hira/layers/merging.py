@@ -47,7 +47,9 @@ class MergeableLayer(BaseTunerLayer):
     def get_base_layer(self) -> Any:
         """The layer that is adapted, inside other tuners' layers too; PEFT's own walk is slow for every forward."""
         base: Any = self._modules["base_layer"]
-        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
 
     @property
     def storage(self) -> Storage:

@@ -97,13 +97,12 @@ def _convolve(
 
 
 class _Conv(torch.autograd.Function):
-    forward = staticmethod(_convolve)
-
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, W0, A, B, bias, ctx.geometry, ctx.update_only, ctx.dequantize = inputs
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.save_for_backward(x, W0, A, B)
+        return _convolve(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

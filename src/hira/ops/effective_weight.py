@@ -28,7 +28,8 @@ class Modulation(NamedTuple):
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; the meta device has none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def cast_as_autocast(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
@@ -197,12 +198,9 @@ def weight_gradient(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, *, update_only:
 
 class _ModulatedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(W0, A, B)
         return form(W0, A, B, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:

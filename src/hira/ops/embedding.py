@@ -84,14 +84,17 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, share: Tensor | None, update_only: bool
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        B: Tensor,
+        noise: Noise | None,
+        share: Tensor | None,
+        update_only: bool,
     ) -> Tensor:
-        return _modulated(rows, columns, B, noise, update_only)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rows, columns, B, _, share, ctx.update_only = inputs
+        ctx.update_only = update_only
         ctx.save_for_backward(rows, columns, B, share)
+        return _modulated(rows, columns, B, noise, update_only)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

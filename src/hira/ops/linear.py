@@ -82,8 +82,10 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
+    # without `setup_context`, for which PyTorch inspects the signature at every call
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         A: Tensor,
@@ -98,16 +100,11 @@ class _Linear(torch.autograd.Function):
         W0 = weight if dequantize is None else dequantize(weight)
         function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
         y: Tensor = function(x, W0, A, B, bias, update_only)
+        ctx.update_only, ctx.dequantize = update_only, dequantize
+        needs_x = any(ctx.needs_input_grad[1:4])
+        saved = codes if codes is not None else x if needs_x else None
+        ctx.save_for_backward(saved, weight, A, B, scale, link)
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, _, ctx.update_only, ctx.dequantize, codes, scale, link = inputs
-        if codes is not None:
-            x = codes
-        elif not any(ctx.needs_input_grad[1:4]):
-            x = None
-        ctx.save_for_backward(x, weight, A, B, scale, link)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
