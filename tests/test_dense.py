@@ -1,4 +1,4 @@
-"""How a base weight is read, written and restored; the quantised ways are in test_bnb."""
+"""How a base weight is read, written and restored; the quantised ways are in test_bitsandbytes."""
 
 from __future__ import annotations
 
