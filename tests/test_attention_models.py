@@ -10,9 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import stock_peft
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from test_attention import (
+from attending import (
     BATCH,
     EXACT,
     FIRST,
@@ -27,13 +25,14 @@ from test_attention import (
     expected,
     self_attention,
 )
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from vision_transformer import VisionTransformer
 
 import hira
 from hira import HiraConfig, HiraError
-
-# Merging
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -108,9 +107,6 @@ def test_a_broken_adapter_is_not_merged(part):
     assert not layer.out_proj.merged
     assert torch.equal(layer.storage.stored, plain.in_proj_weight)
     assert torch.equal(layer.out_proj.storage.stored, plain.out_proj.weight)
-
-
-# Targets and checkpoints
 
 
 def ranks(model: Any) -> dict[str, int]:
@@ -289,42 +285,6 @@ def test_beside_lora_in_a_mixed_model():
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(query), wanted, **EXACT)
     assert type(merged[1].self_attn.out_proj) is not hira.Linear
-
-
-# A model
-
-
-class VisionTransformer(nn.Module):
-    """Patches of an image, a class token, positions, pre-norm blocks around nn.MultiheadAttention, and a head."""
-
-    def __init__(self, width: int = 32, depth: int = 2, classes: int = 4):
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 4, stride=4)
-        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1, 17, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
-
-
-class Block(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
 
 
 def quadrants(n: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from stock_peft import stock_peft
 from torch import nn
 
 import hira

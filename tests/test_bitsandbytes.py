@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error
+from oracle import error
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 

@@ -16,9 +16,9 @@ import hypothesis.strategies as st
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft.utils import PeftType
 from safetensors.torch import save_file
+from stock_peft import stock_peft
 
 import hira
 from hira import HiraConfig, HiraError

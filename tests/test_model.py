@@ -12,8 +12,8 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from transformers import (
     BertConfig,

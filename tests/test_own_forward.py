@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding

@@ -14,8 +14,8 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -13,8 +13,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft.utils import PeftType
+from stock_peft import stock_peft
 from torch import nn
 
 import hira

@@ -10,7 +10,8 @@ import base_layers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, error, kept_for_backward
+from autograd_memory import address, kept_for_backward
+from oracle import error
 from peft import PeftModel, get_peft_model
 from storages import CASES, IN, OUT, StorageCase
 from torch import Tensor, nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 
