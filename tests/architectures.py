@@ -14,8 +14,6 @@ from transformers.pytorch_utils import Conv1D
 import hira
 
 IDS = torch.tensor([[3, 5, 9, 13, 8, 4], [3, 6, 7, 8, 1, 2]])
-
-
 Inputs = dict[str, Tensor]
 
 

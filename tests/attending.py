@@ -16,8 +16,6 @@ from hira.ops import reference
 
 # Sums of at most a few hundred float64 products in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
 BATCH, LENGTH, WIDTH, HEADS = 2, 5, 8, 2
 
 
@@ -78,11 +76,7 @@ def causal() -> Tensor:
 
 
 FIRST = (BATCH, LENGTH, WIDTH)
-
-
 OWN = {"batch_first": True}
-
-
 # options of the attention, its inputs, and the other arguments
 CASES: dict[str, tuple[dict[str, Any], Callable[[], tuple[Tensor, ...]], Callable[[], dict[str, Any]]]] = {
     "batch first": (OWN, lambda: self_attention(*FIRST), dict),
@@ -110,8 +104,6 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], tuple[Tensor, ...]], Callabl
     "no bias": ({"bias": False}, lambda: self_attention(LENGTH, BATCH, WIDTH), dict),
     "dropout of attention": ({"dropout": 0.5}, lambda: self_attention(LENGTH, BATCH, WIDTH), dict),
 }
-
-
 every_case = pytest.mark.parametrize("case", CASES)
 
 

@@ -12,17 +12,9 @@ from torch import nn
 from hira import HiraConfig, ParamWrapper
 
 E, R, HIDDEN, INTER = 4, 3, 32, 48
-
-
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
 KINDS = ["mixtral", "qwen3_moe", "gpt_oss"]
-
-
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]  # all that run on a CPU
-
-
 COMMON = {"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 
 

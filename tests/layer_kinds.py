@@ -16,8 +16,6 @@ from hira.ops import reference
 
 # Sums of at most a few hundred float64 products in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
 IDS = torch.tensor([[3, 0, 3, 8], [1, 3, 5, 0]])
 
 
@@ -35,8 +33,6 @@ KINDS: dict[str, tuple[type[hira.HiraLayer], Callable[[], nn.Module], Callable[[
         lambda: torch.randn(2, 3, 5, 6, dtype=torch.float64),
     ),
 }
-
-
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -16,11 +16,7 @@ from hira.ops.workspace import formation_dtype
 
 # Sums of a few float64 products in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
 NAMES = ("a", "b", "c")
-
-
 KINDS = {
     "linear": (hira.Linear, lambda: nn.Linear(7, 5, bias=False)),
     "Conv1D": (hira.Linear, lambda: Conv1D(5, 7)),
@@ -76,7 +72,7 @@ class Body(nn.Sequential):
 
 def model(adapter_names: tuple[str, ...] = ("default",)) -> peft.PeftModel:
     config = peft.HiraConfig(r=2, target_modules=["first", "middle", "last"], init_weights=False, fan_in_fan_out=True)
-    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module is a Linear"):
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
         adapted = get_peft_model(Body(), config, adapter_name=adapter_names[0])
     for name in adapter_names[1:]:
         adapted.add_adapter(name, config)

@@ -23,8 +23,6 @@ def each(ways: list[Way]) -> Any:
 
 
 ways = each(WAYS)
-
-
 LOADED = next(way for way in WAYS if "from_pretrained" in way.name)
 
 

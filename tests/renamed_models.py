@@ -7,8 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 IDS = torch.tensor([[1, 5, 9]])
-
-
 TENSORS = "adapter_model.safetensors"
 
 

@@ -99,9 +99,9 @@ def test_a_broken_adapter_is_not_merged(part):
     with torch.no_grad():
         broken.hira_A["default"][0, 0] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(HiraError, match="NaNs detected"):
+        with pytest.raises(HiraError, match="NaNs"):
             merge(safe_merge=True)
-    with pytest.raises(HiraError, match="NaNs detected"):
+    with pytest.raises(HiraError, match="NaNs"):
         layer.unload_and_optionally_merge_module(True, True, None)
     assert not layer.merged
     assert not layer.out_proj.merged
@@ -193,7 +193,7 @@ def test_a_checkpoint_without_the_output_does_not_fit(tmp_path):
     whole = HiraConfig.from_pretrained(tmp_path)
     whole.exclude_modules = None
     whole.save_pretrained(tmp_path)
-    with pytest.raises(HiraError, match=r"attn\.base_layer\.out_proj\.hira_A\.other is missing"):
+    with pytest.raises(HiraError, match=r"attn\.base_layer\.out_proj\.hira_A\.other"):
         model.load_adapter(tmp_path, "other")
     assert list(model.state_dict()) == before
 
@@ -221,7 +221,7 @@ def test_a_computed_weight():
     model = get_peft_model(base, config())
     args = self_attention(*FIRST)
     assert_same(model(*args), expected(model.base_model.model.attn, plain, args, {}))
-    with pytest.raises(HiraError, match=r"^attn: The in_proj_weight of .* is computed, not stored, so nothing can be"):
+    with pytest.raises(HiraError, match=r"^attn: .*in_proj_weight"):
         model.merge_adapter()
 
 
@@ -231,9 +231,9 @@ def integer_output(base: nn.Module) -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "dropout": (Attending, {"hira_dropout": 0.1}, r"attn: hira_dropout is 0\.1, but nn\.MultiheadAttention .*=0"),
-    "three weights": (lambda: Attending(kdim=4), {}, r"attn: .* has three weights .*; target its out_proj alone\."),
-    "integers": (lambda: integer_output(Attending()), {}, r"its weight is a Tensor of torch\.int8\. HiRA reads dense"),
+    "dropout": (Attending, {"hira_dropout": 0.1}, "attn.*hira_dropout"),
+    "three weights": (lambda: Attending(kdim=4), {}, "attn.*out_proj"),
+    "integers": (lambda: integer_output(Attending()), {}, r"torch\.int8"),
 }  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def test_refusals_change_nothing(make, options, message):
 
 def test_dropout_of_a_second_adapter_is_refused():
     model, layer, _ = adapted()
-    with pytest.raises(HiraError, match=r"hira_dropout is 0\.5"):
+    with pytest.raises(HiraError, match="hira_dropout"):
         model.add_adapter("other", config(hira_dropout=0.5))
     assert layer.r == layer.out_proj.r == {"default": 3}
     assert list(model.peft_config) == ["default"]
@@ -256,7 +256,7 @@ def test_dropout_of_a_second_adapter_is_refused():
 
 def test_attention_of_another_tuner_is_refused():
     lora = get_peft_model(Attending(), peft.LoraConfig(target_modules=["attn"])).base_model.model
-    with pytest.raises(HiraError, match=r"is adapted by another tuner.*leave this module to one of the two"):
+    with pytest.raises(HiraError, match="another tuner"):
         hira.layers.dispatch.dispatch(lora.attn, "default", hira_config=config())
 
 
@@ -265,13 +265,13 @@ def test_a_mixed_batch():
     model.eval()
     args = self_attention(*FIRST)
     assert_same(model(*args, adapter_names=["default"] * BATCH), model(*args))
-    with pytest.raises(HiraError, match=r"multiplies by the weight of attn itself, which is one for all rows"):
+    with pytest.raises(HiraError, match=r"\battn\b"):
         model(*args, adapter_names=["__base__", "default"])
-    message = r"asks for \['__base__'\], but attention has one weight for all rows; in attn \['default'\] are active"
+    message = "__base__.*attn.*default"
     with pytest.raises(HiraError, match=message):
         layer(*args, adapter_names=["__base__"] * BATCH)
     layer.merge()
-    with pytest.raises(HiraError, match=r"and \['default'\] merged"):
+    with pytest.raises(HiraError, match=r"'default'.* merged"):
         layer(*args, adapter_names=["default"] * BATCH)
 
 
@@ -345,7 +345,5 @@ def test_peft_alone_refuses_attention():
 def test_weights_that_zero_3_has_partitioned_are_refused():
     model, layer, _ = adapted()
     layer.get_base_layer().in_proj_weight.ds_id = 0  # by which DeepSpeed knows its parameters
-    with pytest.raises(
-        HiraError, match=r"^The in_proj_weight of MultiheadAttention is spread over processes by ZeRO-3"
-    ):
+    with pytest.raises(HiraError, match=r"in_proj_weight of MultiheadAttention.*ZeRO-3"):
         model(*self_attention(*FIRST))

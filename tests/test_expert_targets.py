@@ -26,7 +26,7 @@ def test_stock_peft_says_that_it_does_not_know_the_field(tmp_path):
 def test_targets_of_a_further_adapter_have_to_be_the_same():
     model = adapt(model_of("mixtral"))
     before = model.state_dict().keys()
-    with pytest.raises(HiraError, match=r"down_proj.*for adapter 'default'"):
+    with pytest.raises(HiraError, match=r"down_proj.* 'default'"):
         model.add_adapter("other", HiraConfig(r=2, target_modules=[], target_parameters=EXPERTS[:1]))
     assert model.state_dict().keys() == before
     model.add_adapter("attention", HiraConfig(r=2, target_modules=["q_proj"]))
@@ -36,12 +36,12 @@ def test_targets_of_a_further_adapter_have_to_be_the_same():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": "experts.down_proj"}, "must be a list of names"),
-        ({"hira_dropout": 0.1}, "hira_dropout must be 0"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out must be off"),
-        ({"target_parameters": ["experts.down_proj", "experts.up_proj"]}, r"names experts\.up_proj, but"),
+        ({"target_parameters": "experts.down_proj"}, "target_parameters"),
+        ({"hira_dropout": 0.1}, "hira_dropout"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"target_parameters": ["experts.down_proj", "experts.up_proj"]}, r"experts\.up_proj"),
         ({"target_parameters": ["input_layernorm.weight"]}, r"shape \(32,\)"),
-        ({"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]}, "not a valid target"),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]}, "valid target"),
     ],
 )
 def test_bad_targets_adapt_nothing(options, message):
@@ -54,7 +54,7 @@ def test_bad_targets_adapt_nothing(options, message):
 
 def test_a_parameter_and_its_module_are_not_adapted_both():
     model = adapt(model_of("mixtral"), target_parameters=["q_proj.weight"])
-    with pytest.raises(HiraError, match="Its parameter weight is adapted on its own already"):
+    with pytest.raises(HiraError, match="parameter weight"):
         model.add_adapter("other", HiraConfig(r=2, target_modules=["q_proj"]))
 
 
@@ -76,16 +76,14 @@ def test_a_parametrized_parameter():
     wrapper = model.base_model.model[0]
     A, B = wrapper.hira_A["default"], wrapper.hira_B["default"]
     torch.testing.assert_close(model(x), reference.linear(x, W0, A, B), rtol=1e-12, atol=1e-12)
-    with pytest.raises(
-        HiraError, match=r"^0\.weight: The weight of ParametrizedLinear is computed, not stored, so nothing can"
-    ):
+    with pytest.raises(HiraError, match=r"^0\.weight: .*ParametrizedLinear"):
         model.merge_adapter()
     assert torch.equal(model.unload()(x), x @ W0.T)
 
 
 def test_mixed_models_are_refused():
     model = PeftMixedModel(model_of("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(HiraError, match="not for mixed models"):
+    with pytest.raises(HiraError, match="mixed"):
         model.add_adapter("hira", HiraConfig(r=2, target_modules=[], target_parameters=EXPERTS))
 
 
@@ -107,5 +105,5 @@ def test_a_config_of_stock_peft_has_no_such_field():
 def test_a_parameter_that_zero_3_has_partitioned_is_refused():
     model = adapt(model_of("mixtral"))
     wrapper_of(model).get_base_layer().down_proj.ds_id = 0  # by which DeepSpeed knows its parameters
-    with pytest.raises(HiraError, match=r"^The down_proj of MixtralExperts is spread over processes by"):
+    with pytest.raises(HiraError, match=r"down_proj of MixtralExperts.* processes"):
         model(torch.arange(6).view(1, 6))

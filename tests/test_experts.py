@@ -120,7 +120,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     model = model_of("mixtral")
-    with pytest.raises(HiraError, match=r"experts\.hira_A\.default is of shape \(12, 48\), not \(8, 48\)|base_layer"):
+    with pytest.raises(HiraError, match=r"experts\.hira_A\.default.* \(12, 48\)|base_layer"):
         PeftModel.from_pretrained(model, tmp_path)
     assert not any(isinstance(module, ParamWrapper) for module in model.modules())
 

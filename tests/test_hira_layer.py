@@ -133,7 +133,7 @@ def test_attributes_of_the_base_layer():
     assert layer.weight is base.weight
     base.later = 3
     assert layer.later == 3
-    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+    with pytest.raises(AttributeError, match="'absent'"):
         layer.absent  # noqa: B018
     base._private = 1
     assert not hasattr(layer, "_private")
@@ -149,7 +149,7 @@ def test_an_error_in_a_property_surfaces(name, monkeypatch):
     layer.get_base_layer().storage = "of the base layer"
     fault = "_factors" if name == "weight" else "storage_type"
     monkeypatch.setattr(layer, fault, lambda *_: None.absent)
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'absent'"):
+    with pytest.raises(AttributeError, match=r"'NoneType'.* 'absent'"):
         getattr(layer, name)
 
 
@@ -187,7 +187,7 @@ def test_a_reset_that_leaves_all_as_it_is():
     before = [factor.detach().clone() for factor in layer._factors(["default"])]
     layer.reset_hira_parameters("default", False)
     layer.reset_hira_parameters("elsewhere", True)
-    message = r"^init_weights must be True, False, None or 'gaussian', not 'olora'\.$"
+    message = "init_weights.* 'olora'"
     with pytest.raises(HiraError, match=message):
         layer.reset_hira_parameters("default", "olora")
     assert all(torch.equal(a, b) for a, b in zip(layer._factors(["default"]), before, strict=True))
@@ -213,7 +213,7 @@ def test_an_adapter_is_resized(kind, requires_grad):
 def test_a_bad_rank_leaves_the_layer(kind, r):
     layer = adapted(kind)
     before = set(dict(layer.named_modules())), set(layer.state_dict())
-    with pytest.raises(HiraError, match=rf"^`r` should be a positive integer, but r is {r!r}\.$"):
+    with pytest.raises(HiraError, match=rf"`r`.* {r!r}"):
         layer.update_layer("other", r, config())
     assert (set(dict(layer.named_modules())), set(layer.state_dict())) == before
     assert layer.r == {"default": 3}

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hira
 from hira import HiraConfig
-from hira.layers import inference_cache
+from hira.layers.inference_cache import inference_cache
 from hira.ops import effective_weight
 
 

@@ -187,12 +187,10 @@ def test_adapters_that_are_merged_already_stay_so():
     layer = several()
     layer.merge(adapter_names=["a"])
     weight = layer.get_base_layer().weight
-    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+    with pytest.warns(UserWarning, match="already merged"):
         layer.merge(adapter_names=["a"])
     assert layer.get_base_layer().weight is weight
-    with pytest.warns(
-        UserWarning, match=r"^Already following adapters were merged a\. You are now additionally merging b\.$"
-    ):
+    with pytest.warns(UserWarning, match=r"merged a.* merging b"):
         layer.merge(adapter_names=["a", "b"])
     assert layer.merged_adapters == ["a", "b"]
     W0 = layer._record.original
@@ -222,7 +220,7 @@ def test_unloading_with_adapters_chosen():
 def test_unmerging_with_nothing_merged_warns():
     layer = several()
     weight = layer.get_base_layer().weight
-    with pytest.warns(UserWarning, match=r"^Already unmerged\. Nothing to do\.$"):
+    with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
     assert layer.get_base_layer().weight is weight
 

@@ -23,9 +23,7 @@ def test_safe_merge_checks_every_layer_first(merge, value):
     with torch.no_grad():
         last.hira_B["default"][1, 1] = value
     before = state(adapted)
-    message = (
-        r"^NaNs detected in the merged weights\. The adapter default seems to be broken: W0 \* \(1 \+ BA\) of last "
-    )
+    message = "NaNs.* default.* last"
     with pytest.raises(HiraError, match=message):
         getattr(adapted, merge)(safe_merge=True)
     assert_same_state(adapted, before)
@@ -49,7 +47,7 @@ def test_safe_merge_of_a_second_adapter():
     merged = layer.get_base_layer().weight
     with torch.no_grad():
         layer.hira_A["b"][0, 0] = math.nan
-    with pytest.raises(HiraError, match=r"The adapter b seems to be broken: W0 \* \(1 \+ BA\) of this layer would not"):
+    with pytest.raises(HiraError, match="adapter b"):
         layer.merge(safe_merge=True, adapter_names=["b"])
     assert layer.get_base_layer().weight is merged
     assert layer.merged_adapters == ["a"]
@@ -135,10 +133,7 @@ def test_a_computed_weight_is_refused():
     parametrize.register_parametrization(last.get_base_layer(), "weight", Doubled())
     before, x = state(adapted), torch.randn(3, 6)
     y = adapted(x)
-    message = (
-        r"^{}The weight of ParametrizedLinear is computed, not stored, so nothing can be merged into it; remove its "
-        r"parametrization first\.$"
-    )
+    message = "^{}.*ParametrizedLinear.* parametrization"
     for merge in (adapted.merge_adapter, adapted.merge_and_unload, last.merge):
         name = "" if merge == last.merge else f"{last.name}: "
         with pytest.raises(HiraError, match=message.format(name)):

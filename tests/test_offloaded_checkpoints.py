@@ -80,7 +80,7 @@ def test_adapted_before_it_was_offloaded(way, tmp_path):
     model, expected = way.offload(adapt(llama()), tmp_path / "off"), adapt(llama())
     assert any(f.is_meta for layer in hira_layers(model) for fs in layer._factor_dicts for f in fs.values())
     assert torch.equal(logits(model), logits(expected))
-    with pytest.raises(HiraError, match=r"^Adapter 'default' is offloaded with the model and cannot be trained there"):
+    with pytest.raises(HiraError, match=r"'default'.* offloaded"):
         model(input_ids=IDS)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), logits(expected))

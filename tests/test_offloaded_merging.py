@@ -147,7 +147,7 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     maps = [offloaded.source(layer.base_layer).weights_map for layer in layers]
     with torch.no_grad():
         layers[-1]._factor_dicts[0]["default"].fill_(torch.inf)
-    with pytest.raises(HiraError, match="NaNs detected"):
+    with pytest.raises(HiraError, match="NaNs"):
         model.merge_adapter(safe_merge=True)
     with torch.no_grad():
         layers[-1]._factor_dicts[0]["default"].zero_()

@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("target", ["attn", "attn.out_proj"])
 def test_attention_is_refused(target):
-    message = "accelerate offloads the weights of MultiheadAttention, but could not bring in those of its out_proj"
+    message = "MultiheadAttention.* out_proj"
     model = cpu_offload(Attention(), CPU)
     with pytest.raises(HiraError, match=message):
         adapt(model, target_modules=[target])
@@ -51,13 +51,13 @@ def test_experts_with_a_forward_of_their_own_are_refused():
     for layer in base.model.layers:
         layer.mlp.experts.forward = lambda *args, plain=layer.mlp.experts.forward: plain(*args)
     model = cpu_offload(adapt(base, **EXPERTS), CPU)
-    with pytest.raises(HiraError, match=r"^accelerate offloads the parameters of MixtralExperts"), torch.no_grad():
+    with pytest.raises(HiraError, match="MixtralExperts"), torch.no_grad():
         model(input_ids=IDS)
 
 
 def test_quantised_weights_are_refused():
     bnb = pytest.importorskip("bitsandbytes")
-    message = "accelerate offloads the weight of Linear4bit, which is quantised"
+    message = "Linear4bit"
     adapted = adapt(nn.Sequential(bnb.nn.Linear4bit(64, 64)).to("cpu"), target_modules=["0"])
     add_hook_to_module(adapted.base_model.model[0].base_layer, AlignDevicesHook("cpu", offload=True))
     for run in (lambda: adapted(torch.randn(2, 64)), adapted.merge_adapter, adapted.merge_and_unload):
@@ -65,7 +65,7 @@ def test_quantised_weights_are_refused():
             run()
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64)).to("cpu")
     add_hook_to_module(model[0], AlignDevicesHook("cpu", offload=True))
-    with pytest.raises(HiraError, match=f"^0: {message}"):
+    with pytest.raises(HiraError, match=rf"^0: .*{message}"):
         adapt(model, target_modules=["0"])
     assert not hira_layers(model)
 
@@ -74,27 +74,27 @@ def test_whole_blocks_are_refused():
     blocks = {"preload_module_classes": ["LlamaDecoderLayer"]}
     model = cpu_offload(llama(), CPU, **blocks)
     before = logits(model)
-    with pytest.raises(HiraError, match=r"'default' cannot be added: accelerate brings model\.layers\.0 in as a whole"):
+    with pytest.raises(HiraError, match=r"'default'.* model\.layers\.0"):
         adapt(model)
     assert torch.equal(logits(model), before)
     model = cpu_offload(adapt(llama()), CPU, **blocks)
     assert torch.equal(logits(model), logits(adapt(llama())))
-    with pytest.raises(HiraError, match=r"^Adapters cannot be trained"):
+    with pytest.raises(HiraError, match="trained"):
         model.train()
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(HiraError, match=r"^Adapters cannot be merged"):
+        with pytest.raises(HiraError, match="merged"):
             merge()
 
 
 def test_a_weight_that_is_nowhere_is_refused():
     model = adapt(nn.Sequential(nn.Linear(6, 4)), target_modules=["0"])
     model.base_model.model[0].base_layer.to("meta")
-    with pytest.raises(HiraError, match=r"^The weight of Linear is on the meta device"):
+    with pytest.raises(HiraError, match=r"Linear.* meta"):
         model(torch.randn(2, 6))
 
 
 def test_modules_to_save_are_refused_where_they_are_away():
-    with pytest.raises(HiraError, match=r"^modules_to_save names lm_head, which accelerate offloads"):
+    with pytest.raises(HiraError, match=r"modules_to_save.* lm_head"):
         adapt(cpu_offload(llama(), CPU), target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
@@ -102,5 +102,5 @@ def test_another_tuners_merge_is_refused(tmp_path: Path):
     model = PeftMixedModel(cpu_offload(llama(), CPU), HiraConfig(target_modules=["q_proj"]))
     model.add_adapter("lora", LoraConfig(target_modules=["o_proj"]))
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(HiraError, match="cannot be merged into a weight that accelerate offloads"):
+        with pytest.raises(HiraError, match="accelerate"):
             merge()

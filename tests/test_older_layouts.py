@@ -56,8 +56,6 @@ def old_qwen_vl(key: str) -> str:
 
 
 OLD_NAMES = {"LLaVA": (llava, old_llava), "Qwen2-VL": (qwen_vl, old_qwen_vl)}
-
-
 TARGETS = {
     "names": {"target_modules": ["q_proj", "v_proj", "qkv"]},
     "a pattern": {"target_modules": r".*language_model.*q_proj"},
@@ -197,7 +195,7 @@ def test_old_names_of_experts_as_targets(architecture):
 def test_half_of_a_fused_parameter_is_refused():
     base = mixtral()
     names = [name for name, _ in base.named_modules()]
-    with pytest.raises(HiraError, match="w1 without also targeting w3"):
+    with pytest.raises(HiraError, match=r"w1.* w3"):
         get_peft_model(base, HiraConfig(r=2, target_modules=["q_proj", "w1", "w2"]))
     assert [name for name, _ in base.named_modules()] == names
 

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import hira
 from hira import HiraConfig
-from hira.layers import inference_cache
+from hira.layers.inference_cache import inference_cache
 
 
 class Depthwise(nn.Module):

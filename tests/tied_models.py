@@ -21,8 +21,6 @@ from transformers import (
 )
 
 IDS = torch.tensor([[1, 5, 9, 3]])
-
-
 SMALL = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -55,8 +53,6 @@ CASES = [
     )
     for targets in (tied[:1], tied[-1:], tied)
 ]
-
-
 every_case = pytest.mark.parametrize(
     ("make", "tied", "targets"), CASES, ids=[f"{make.__name__}: {', '.join(targets)}" for make, _, targets in CASES]
 )

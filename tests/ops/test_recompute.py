@@ -74,7 +74,7 @@ def test_sources_that_changed_are_refused(changed):
     with recomputed(W):
         y = F.linear(x, W.weight)
     tensors[changed].add_(1)
-    with pytest.raises(RuntimeError, match=r"^W' cannot be formed for backward: .* modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"W'.* inplace"):
         y.sum().backward()
 
 
