@@ -3,8 +3,8 @@
     python benchmarks/gpu.py OUT
 
 A kernel that is wrong stops the run before anything is timed. What was measured goes to OUT/kernels.json, and to
-OUT/pytorch.json and OUT/triton.json in the format of `hira bench`, without and with the kernels. `gpu.sh` runs this on
-a machine without a network.
+OUT/pytorch.json and OUT/triton.json in the format of `python -m benchmarks.comparison`, without and with the kernels.
+`gpu.sh` runs this on a machine without a network.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import hira
-from hira import HiraConfig
-from hira.layers.inference_cache import inference_cache
+from hira import HiraConfig, inference_cache
 from hira.ops import effective_weight
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import peft
 import pytest
 import torch
+from peft import get_peft_model
 from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hira
+from hira import HiraConfig
 
 IDS = torch.tensor([[1, 5, 9, 13], [1, 6, 7, 8], [1, 40, 30, 20], [1, 3, 3, 4], [1, 11, 12, 14]])
 NAMES = ["high", "low", "__base__", "high", "low"]
@@ -205,3 +209,26 @@ def test_single_tokens_share_one_product():
             x = torch.randn(shape)
             alone = [layer(x[i : i + 1], adapter_names=[name]) for i, name in enumerate(names)]
             torch.testing.assert_close(layer(x, adapter_names=names), torch.cat(alone))
+
+
+def test_generate_leaves_a_models_own_expansion_and_serves_threads():
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    base = LlamaForCausalLM(config)
+    calls = []
+    of_class = base._expand_inputs_for_generation
+    own = lambda **kwargs: (calls.append(1), of_class(**kwargs))[1]  # noqa: E731
+    base._expand_inputs_for_generation = own
+    model = get_peft_model(base, HiraConfig(r=2, target_modules=["q_proj"], init_weights=False)).eval()
+    ids = torch.ones(2, 3, dtype=torch.long)
+
+    def run(_):
+        names = ["default", "__base__"]
+        return model.generate(
+            input_ids=ids, adapter_names=names, max_new_tokens=3, num_return_sequences=2, num_beams=2, pad_token_id=0
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(run, range(9)))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert vars(base)["_expand_inputs_for_generation"] is own
+    assert calls

@@ -273,3 +273,9 @@ def test_experts_of_some_layers(targets):
     found = {(m.name, m.parameter_name, m.r["default"]) for m in model.modules() if isinstance(m, hira.HiraLayer)}
     experts = "model.layers.1.mlp.experts"
     assert found == {(f"{experts}.gate_up_proj", "gate_up_proj", 4), (f"{experts}.down_proj", "down_proj", 3)}
+
+
+def test_no_warning_of_names_behind_wrappers(recwarn):
+    model = nn.ModuleDict({"layers": nn.ModuleList([torch.compile(nn.ModuleDict({"q": nn.Linear(4, 4)}))])})
+    get_peft_model(model, HiraConfig(r=2, target_modules=["layers.0.q"]))
+    assert not [warning for warning in recwarn if "no module" in str(warning.message)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft import get_peft_model
 from peft.utils import PeftType
 from stock_peft import stock_peft
 from torch import nn
@@ -394,3 +395,9 @@ def test_the_modules_can_be_found():
 
     for name in ("peft.tuners.hira", "peft.tuners.hira.layer"):
         assert importlib.util.find_spec(name).name == name
+
+
+def test_an_adapter_is_added_by_code_without_a_module():
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
+    exec("model.add_adapter('another', model.peft_config['default'])", {"model": model})
+    assert "another" in model.peft_config

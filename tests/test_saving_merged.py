@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hira
+from hira import HiraConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
@@ -189,3 +191,23 @@ def test_an_adapter_that_changed_while_merged_is_unmerged_exactly():
     model.state_dict()
     model.unmerge_adapter()
     assert all(torch.equal(value, base[name]) for name, value in weights(model).items())
+
+
+def test_other_threads_compute_with_the_merged_weight_while_a_state_dict_is_made(monkeypatch):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), HiraConfig(r=2, target_modules=["0"], init_weights=False))
+    layer, x = model.base_model.model[0], torch.randn(3, 6)
+    W0 = layer.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    expected, found = model(x), []
+    original = nn.Linear._save_to_state_dict
+
+    def saving(self, *args):
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(lambda: torch.equal(model(x), expected)).result(timeout=60))
+        original(self, *args)
+
+    monkeypatch.setattr(nn.Linear, "_save_to_state_dict", saving)
+    state = model.state_dict()
+    assert found == [True]
+    assert torch.equal(state["base_model.model.0.base_layer.weight"], W0)
+    assert torch.equal(model(x), expected)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import DummyOptim
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hira
-from hira import HiraConfig, HiraError
+from hira import HiraConfig, HiraError, inference_cache
 from hira.layers.experts import ParamWrapper
-from hira.layers.inference_cache import inference_cache
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -329,3 +329,14 @@ def test_a_wrapped_parameter_is_not_preconditioned():
     paired = {id(p) for pair in riemannian._collect_lora_pairs(model) for p in pair}
     assert id(wrapper.hira_A["default"]) not in paired
     assert len(paired) == 2
+
+
+def test_loraplus_serves_placeholders_that_have_no_groups_yet():
+    """As accelerate's for an optimizer that DeepSpeed makes."""
+    for config in (LoraConfig(r=2, target_modules=["first"]), HiraConfig(r=2, target_modules=["first"])):
+        model = two(config)
+        optimizer = create_loraplus_optimizer(model, optimizer_cls=DummyOptim, lr=1e-3, loraplus_lr_ratio=4.0)
+        rates = {id(p): group["lr"] for group in optimizer.params for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert rates[id(parameter)] == (4e-3 if "_B" in name else 1e-3), name

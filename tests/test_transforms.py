@@ -13,8 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import hira
-from hira import HiraConfig
-from hira.layers.inference_cache import inference_cache
+from hira import HiraConfig, inference_cache
 
 
 class Depthwise(nn.Module):

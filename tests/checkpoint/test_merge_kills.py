@@ -17,7 +17,7 @@ from hira.files.folder import INDEX
 # it kill itself at an event of the interpreter, such as the opening of a file. A child says what came of its merge.
 SERVER = """
 import json, os, resource, signal, sys, time
-import torch
+import torch, transformers
 from hira import HiraError
 from hira.files import output
 from hira.files.merge import merge_checkpoint

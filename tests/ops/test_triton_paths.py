@@ -97,9 +97,9 @@ def test_a_layer_decodes_by_the_kernel_and_keeps_no_weight(kernels, monkeypatch)
     monkeypatch.setattr(heuristics, "keeps_weight", lambda x: False)  # as on CUDA
     layer = hira.Linear(nn.Linear(20, 33).to(DEVICE), "a", hira.HiraConfig(r=3, init_weights=False)).eval()
     x = torch.randn(2, 1, 20, device=DEVICE)
-    with torch.no_grad(), hira.layers.inference_cache.keep():
+    with torch.no_grad(), hira.inference_cache.keep():
         y = layer(x)
-        assert hira.layers.inference_cache.nbytes == 0
+        assert hira.inference_cache.nbytes == 0
     assert kernels == ["decode"]
     W = modulated_weight(layer.base_layer.weight, layer.hira_A["a"], layer.hira_B["a"])
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, layer.base_layer.bias), rtol=1e-4, atol=1e-4)

@@ -39,6 +39,8 @@ class Storage:
 
     # whether the layer's own forward computes with a dense weight in the place of the stored one
     takes_dense: ClassVar[bool] = True
+    # whether a state dict has the stored weight as one entry, the parameter
+    is_one_parameter: ClassVar[bool] = True
 
     def __init__(self, layer: nn.Module, name: str = "weight") -> None:
         self.layer: Any = layer
@@ -152,9 +154,15 @@ class Storage:
             return
         if isinstance(snapshot, offloaded.Kept):  # the weights have come back since
             snapshot = nn.Parameter(snapshot.value.detach(), requires_grad=self.stored.requires_grad)
-        present = self.stored
-        snapshot.data = snapshot.data.to(present.device, present.dtype)
+        snapshot.data = self.value_of(snapshot).data
         setattr(self.layer, self.name, snapshot)
+
+    def value_of(self, snapshot: Any) -> Tensor:
+        """The weight of a snapshot, on the device and in the dtype that the layer has now."""
+        if isinstance(snapshot, offloaded.Kept):
+            snapshot = snapshot.value
+        value: Tensor = snapshot.to(self.stored.device, self.stored.dtype)
+        return value
 
 
 class Transposed(Storage):

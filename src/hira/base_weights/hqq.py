@@ -18,6 +18,7 @@ class Hqq(Storage):
     """Codes of 1 to 8 bits in an `HQQLinear`, with a scale and a zero point for each group of entries."""
 
     takes_dense = False
+    is_one_parameter = False
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer, "W_q")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial, reduce
 from numbers import Real
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hira import ops
@@ -207,12 +208,27 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         return factor
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module; it has W0 while adapters are merged too, and adapters that are offloaded are brought in."""
-        with self.holding_W0():
+        """The module's state, with W0 while adapters are merged too, and with adapters that accelerate offloads."""
+        self._settle(by_value=False)
+        if self._record is None or self.storage.is_one_parameter:
             state = super().state_dict(*args, prefix=prefix, **kwargs)
+            self._put_W0(state, prefix)
+        else:
+            with self.holding_W0():
+                state = super().state_dict(*args, prefix=prefix, **kwargs)
         for attribute in self.adapter_layer_names:
             offloaded.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
+
+    def _put_W0(self, state: dict[str, Any], prefix: str) -> None:
+        """Put W0 in the place of a merged weight; the layer itself is not touched, as other threads may run it."""
+        storage, layer, path = self.storage, self.base_layer, f"{prefix}base_layer."
+        while isinstance(layer, BaseTunerLayer):
+            layer, path = layer.base_layer, f"{path}base_layer."
+        key = f"{path}{storage.name}"
+        if self._record is not None and key in state and offloaded.source(storage.layer) is None:
+            W0 = storage.value_of(self._record.original)
+            state[key] = W0 if state[key].requires_grad else W0.detach()
 
     def _scale(self, name: str) -> float:
         return self.merged_scaling.get(name, self.scaling[name])
@@ -426,6 +442,12 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             return self._combined(x, names, base_output)
         if not self.storage.takes_dense:
             return self._with_updates(base_output(), x, names)
+        if any(map(self._drops, names)) and self._can_intercept():
+            # what is around the plain layer, hooks and another tuner's dropout, runs once
+            if torch.compiler.is_compiling():
+                return self._with_updates(base_output(), x, names)
+            y, met = self._inside(names, base_output)
+            return y if met else self._with_updates(y, x, names)
         y = self._called([name for name in names if not self._drops(name)], x, *args, **kwargs)
         for name in names:
             if self._drops(name):
@@ -464,8 +486,13 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
 
     def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapter changes of the output of the base layer's own call, on the input that dropout leaves."""
-        dropped = self.hira_dropout[name](x)
-        return self._called([name], dropped, *args, **kwargs) - self._base_output(dropped, *args, **kwargs)
+        return self._change(name, self.hira_dropout[name](x), *args, **kwargs)
+
+    def _change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapter changes of the base layer's output, both computed with the same random numbers."""
+        with _random_numbers_again(x.device):
+            adapted = self._called([name], x, *args, **kwargs)
+        return adapted - self._base_output(x, *args, **kwargs)
 
     def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
         """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
@@ -530,6 +557,15 @@ def _check_scale(scale: Any, nonzero: bool = False) -> None:
     if not isinstance(scale, Real) or not math.isfinite(scale) or (nonzero and scale == 0):
         expected = f"a finite number{' other than 0' if nonzero else ''}"
         raise HiraError(f"The scale of an adapter must be {expected}, but is {scale!r}.")
+
+
+def _random_numbers_again(device: torch.device) -> AbstractContextManager[None]:
+    """A context behind which random numbers are those of its body again."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _is_in_a_call() -> bool:

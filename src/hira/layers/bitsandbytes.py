@@ -36,6 +36,7 @@ class Packed4bit(Storage):
     """
 
     takes_dense = False
+    is_one_parameter = False
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
@@ -108,6 +109,7 @@ class RowwiseInt8(Storage):
     """
 
     takes_dense = False
+    is_one_parameter = False
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:

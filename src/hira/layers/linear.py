@@ -249,8 +249,7 @@ class Embedding(HiraLayer):
             yield
 
     def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self._base_output(x, *args, **kwargs)
-        change = self._called([name], x, *args, **kwargs) - base
+        change = self._change(name, x, *args, **kwargs)
         keep = self.hira_dropout[name](torch.ones(change.shape[:-1], device=change.device))
         dropped: Tensor = change * keep.unsqueeze(-1).to(change.dtype)
         return dropped
@@ -313,9 +312,9 @@ class ConvNd(HiraLayer):
             dequantize=storage.dequantize,
         )
 
-    def _runs_inside(self) -> bool:
+    def _can_intercept(self) -> bool:
         # padding other than with zeros is on x before it arrives there
-        return self.get_base_layer().padding_mode == "zeros" and super()._runs_inside()
+        return self.get_base_layer().padding_mode == "zeros" and super()._can_intercept()
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._convolve(x, A, B, self.storage.bias, update_only=False)

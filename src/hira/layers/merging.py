@@ -134,12 +134,12 @@ class MergeableLayer(BaseTunerLayer):
     def holding_W0(self) -> Iterator[None]:
         """Have the base layer hold W0 in the body, merged or not, as a checkpoint that has A and B has to."""
         self._settle(by_value=False)
-        record = self._record
-        if record is None:
-            yield
-            return
         storage = self.storage
         with exclusive(storage.layer):
+            record = self._record
+            if record is None:
+                yield
+                return
             merged = storage.snapshot()
             storage.restore(record.original)
             try:
@@ -209,10 +209,14 @@ class MergeableLayer(BaseTunerLayer):
         Another weight is the new W0, and nothing is merged. What is written through ``.data`` is seen by value alone.
         """
         self.storage.check_here()
-        record = self._record
-        if record is None:
+        if self._record is not None:
+            with exclusive(self.storage.layer):
+                self._settle_merged(by_value)
+
+    def _settle_merged(self, by_value: bool) -> None:
+        record, storage = self._record, self.storage
+        if record is None:  # another thread unmerged meanwhile
             return
-        storage = self.storage
         written, version = storage.identity()
         if written is record.written and version == record.version:
             shared = self.others_merged or isinstance(self.base_layer, BaseTunerLayer)  # others add to what was written
@@ -236,7 +240,7 @@ class MergeableLayer(BaseTunerLayer):
             warnings.warn(
                 f"The base weight of {self.name or 'a layer'} was replaced while {self.merged_adapters} were merged; "
                 "it is kept, and the adapters count as unmerged.",
-                stacklevel=3,
+                stacklevel=4,
             )
             self._forget_merge()
 

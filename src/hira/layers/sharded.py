@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.distributed import tensor_parallel
 from hira.distributed.detection import is_gathered_by_call, is_laid_out_by_call, spread
@@ -50,9 +51,12 @@ class ShardedLayer(BaseTunerLayer):
         """Whether the product has to be computed in the base layer's own call."""
         if torch.compiler.is_compiling():
             return False
+        return is_laid_out_by_call(self.storage.layer, self.storage.name) and self._can_intercept()
+
+    def _can_intercept(self) -> bool:
+        """Whether the base layer's own call computes one product with its weight, which another can stand in for."""
         storage = self.storage
-        plain = type(storage.layer).forward in storage.plain_forwards
-        return plain and is_laid_out_by_call(storage.layer, storage.name)
+        return type(storage.layer).forward in storage.plain_forwards and offloaded.is_own_forward(storage.layer)
 
     def _inside(self, names: list[str], call: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """The output of a call of the base layer, and whether it had a product, for which one with W' stood in."""

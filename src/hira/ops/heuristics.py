@@ -125,7 +125,7 @@ def describe(device: torch.device) -> dict[str, str]:
     kernels = "off: they have run in Triton's interpreter only; HIRA_TRITON=1 in the environment switches them on"
     if TRITON:
         kernels = "on" if device.type == "cuda" else "switched on, but they serve CUDA alone"
-    few = "formed each time" if device.type != "cpu" else "kept by hira.layers.inference_cache in generate()"
+    few = "formed each time" if device.type != "cpu" else "kept by hira.inference_cache in generate()"
     return {
         "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",
         "decoding": f"W' is {few}; tokens with an adapter each share one product",

@@ -21,14 +21,20 @@ def loraplus(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     """`create_loraplus_optimizer`, that gives HiRA's B the rate, and the decay, that it gives LoRA's."""
 
     @functools.wraps(create)
-    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
-        optimizer = create(model, *args, **kwargs)
+    def wrapper(model: nn.Module, optimizer_cls: Any, *args: Any, **kwargs: Any) -> Optimizer:
         layers = [layer for layer in hira_layers(model) if not isinstance(layer, Embedding)]
         ids = {id(B) for layer in layers for B in layer._factor_dicts[1].values()}
-        others, _, groupB, _ = optimizer.param_groups
-        groupB["params"] += [parameter for parameter in others["params"] if id(parameter) in ids]
-        others["params"] = [parameter for parameter in others["params"] if id(parameter) not in ids]
-        return optimizer
+        if not ids:
+            return create(model, optimizer_cls, *args, **kwargs)
+
+        @functools.wraps(optimizer_cls, updated=())  # PEFT looks at its name
+        def regrouping(groups: list[dict[str, Any]], **options: Any) -> Any:
+            others, _, groupB, _ = groups
+            groupB["params"] = [*groupB["params"], *(p for p in others["params"] if id(p) in ids)]
+            others["params"] = [p for p in others["params"] if id(p) not in ids]
+            return optimizer_cls(groups, **options)
+
+        return create(model, regrouping, *args, **kwargs)
 
     return wrapper
 

@@ -249,12 +249,16 @@ def _copying_for_trl(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         given = next((name for name, config in self.peft_config.items() if config is peft_config), None)
         added = add_adapter(self, adapter_name, peft_config, *args, **kwargs)
-        if given is not None and sys._getframe(1).f_globals["__name__"].startswith("trl."):
+        if given is not None and _is_of_trl(sys._getframe(1).f_globals.get("__name__")):
             for layer in hira_layers(self):
                 layer.copy_adapter(given, adapter_name)
         return added
 
     return wrapper
+
+
+def _is_of_trl(module: Any) -> bool:
+    return isinstance(module, str) and module.startswith("trl.")
 
 
 def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -28,6 +30,10 @@ from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, unwrapped
 from hira.tuner.transaction import unchanged_on_error
 
 STOCK_PACKAGE = "peft.tuners.hira"
+_EXPAND = "_expand_inputs_for_generation"
+# of the call of generate() in this context, the adapters' names by the number of rows
+_rows_of_call: ContextVar[dict[int, list[str]] | None] = ContextVar("rows_of_call", default=None)
+_lock = threading.Lock()
 
 
 class HiraModel(BaseTuner):
@@ -330,7 +336,8 @@ def hira_layers(model: nn.Module) -> list[HiraLayer]:
 def reporting_unmatched(model: nn.Module, config: Any, state_dict: Any = None) -> Iterator[None]:
     """Warn of names in a list of `target_modules` that are those of no module, after the body added the adapter."""
     given = not isinstance(config.target_modules, str | None) and state_dict is None
-    paths = [f".{name}".replace(".base_layer", "") for name, _ in model.named_modules()] if given else []
+    names = [plain_name(name) for name, _ in model.named_modules()] if given else []
+    paths = [f".{name}".replace(".base_layer", "") for name in names]
     yield
     if given and not isinstance(config.target_modules, str | None):  # PEFT may have written other names for them
         unmatched = [name for name in config.target_modules if not any(path.endswith(f".{name}") for path in paths)]
@@ -371,25 +378,50 @@ def _reads_weights(parent: nn.Module) -> bool:
     return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) or hasattr(parent, "A_log")
 
 
+class _Expansion:
+    """A model's `_expand_inputs_for_generation`, while calls of generate() with `adapter_names` run in any thread.
+
+    Args:
+        expand: the model's own, which makes several rows of each sample.
+        before: what the instance had in its place; None where it is the class's.
+    """
+
+    def __init__(self, expand: Callable[..., Any], before: Any) -> None:
+        self.expand, self.before, self.calls = expand, before, 0
+
+    def __call__(self, expand_size: int = 1, **kwargs: Any) -> Any:
+        by_rows = _rows_of_call.get()
+        if by_rows is not None:
+            names = next(iter(by_rows.values()))
+            by_rows[len(names) * expand_size] = [name for name in names for _ in range(expand_size)]
+        return self.expand(expand_size=expand_size, **kwargs)
+
+
 @contextmanager
 def _names_repeated_by_generate(model: nn.Module, by_rows: dict[int, list[str]]) -> Iterator[None]:
     """Add the names of the rows that generate() makes of each sample, one for each beam or returned sequence."""
     model = getattr(model, "_orig_mod", model)
-    expand = getattr(model, "_expand_inputs_for_generation", None)
+    expand = getattr(model, _EXPAND, None)
     if expand is None:
         yield
         return
-    names = next(iter(by_rows.values()))
-
-    def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
-        by_rows[len(names) * expand_size] = [name for name in names for _ in range(expand_size)]
-        return expand(expand_size=expand_size, **kwargs)
-
-    model._expand_inputs_for_generation = expand_inputs
+    token = _rows_of_call.set(by_rows)
+    with _lock:
+        expansion = vars(model).get(_EXPAND)
+        if not isinstance(expansion, _Expansion):
+            expansion = _Expansion(expand, expansion)
+            setattr(model, _EXPAND, expansion)
+        expansion.calls += 1
     try:
         yield
     finally:
-        del model._expand_inputs_for_generation
+        _rows_of_call.reset(token)
+        with _lock:
+            expansion.calls -= 1
+            if expansion.calls == 0 and expansion.before is None:
+                delattr(model, _EXPAND)
+            elif expansion.calls == 0:
+                setattr(model, _EXPAND, expansion.before)
 
 
 def _pass_adapter_names(
