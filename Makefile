@@ -50,8 +50,9 @@ $(VENV)/.source: $(VENV)/.tests
 	device-smi logbar optimum pypcre threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
 	@touch $@
 
-test: setup ## run the tests; ARGS are passed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+# Worksteal keeps neighbours on one worker, so that what a file sets up once is seldom set up twice.
+test: setup ## run the tests on two cores; ARGS are passed to pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-source: setup-source ## run the tests of what is built from source
 	$(BIN)/python -m pytest tests/test_gptq.py tests/test_sharding.py tests/test_storages.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Ways of keeping weights elsewhere: the cases of test_offload.py, and of the table in docs/base_layers.md."""
+"""Ways of keeping weights elsewhere: the cases of test_offloaded.py, and of the table in docs/base_layers.md."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import peft
 import pytest
 import torch
@@ -73,18 +75,18 @@ def test_a_name_that_cannot_be_held_is_refused_before_anything_changes(name, tmp
         lambda: get_peft_model(body, config(), adapter_name=name, mixed=True),
         lambda: inject_adapter_in_model(config(), body, name),
     ):
-        with pytest.raises(HiraError, match="cannot be the name of an adapter"):
+        with pytest.raises(HiraError, match=re.escape(repr(name))):
             add()
         assert structure(body) == before
     model = get_peft_model(body, config(), adapter_name="first")
     model.save_pretrained(tmp_path)
     before = structure(model)
     for add in (lambda: model.add_adapter(name, config()), lambda: model.load_adapter(tmp_path / "first", name)):
-        with pytest.raises(HiraError, match="cannot be the name of an adapter"):
+        with pytest.raises(HiraError, match=re.escape(repr(name))):
             add()
         assert structure(model) == before
         assert list(model.peft_config) == ["first"]
-    with pytest.raises(HiraError, match="cannot be the name of an adapter"):
+    with pytest.raises(HiraError, match=re.escape(repr(name))):
         PeftModel.from_pretrained(Body(), tmp_path / "first", adapter_name=name)
 
 
@@ -105,7 +107,7 @@ def test_a_refused_adapter_leaves_the_configurations_of_an_adapted_model(mixed):
 
 def test_a_name_that_is_no_text_is_refused():
     body = Body()
-    with pytest.raises(HiraError, match=r"^3 cannot be the name of an adapter: it is a int, not a str"):
+    with pytest.raises(HiraError, match=r"^3 .*int"):
         inject_adapter_in_model(config(), body, 3)
     assert structure(body) == structure(Body())
 
@@ -114,7 +116,7 @@ def test_transformers_own_method_refuses_it():
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1))
     before = structure(llama)
-    with pytest.raises(HiraError, match=r"'my\.adapter' cannot be the name of an adapter"):
+    with pytest.raises(HiraError, match=r"'my\.adapter'"):
         llama.add_adapter(HiraConfig(target_modules=["q_proj"]), "my.adapter")
     assert structure(llama) == before
 
@@ -167,7 +169,7 @@ def test_no_tensor_of_another_adapter_is_saved_with_one(tmp_path):
 @pytest.mark.parametrize("name", ["weight", "bias", "score", "highscore", "modules_to_save"])
 def test_a_name_that_saved_modules_cannot_go_with_is_refused(name):
     body = Body()
-    with pytest.raises(HiraError, match=f"'{name}' cannot be the name of an adapter"):
+    with pytest.raises(HiraError, match=f"'{name}'"):
         get_peft_model(body, config(modules_to_save=["score"]), adapter_name=name)
     assert structure(body) == structure(Body())
 
@@ -176,7 +178,7 @@ def test_a_second_adapter_cannot_have_the_name_of_a_module_to_save():
     """PEFT would leave the module out when it saves the first one."""
     model = get_peft_model(Body(), config(modules_to_save=["score"]), adapter_name="first")
     before = structure(model)
-    with pytest.raises(HiraError, match="'score' cannot be the name of an adapter"):
+    with pytest.raises(HiraError, match="'score'"):
         model.add_adapter("score", config())
     assert structure(model) == before
 

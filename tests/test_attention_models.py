@@ -10,9 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import stock_peft
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from test_attention import (
+from attending import (
     BATCH,
     EXACT,
     FIRST,
@@ -27,13 +25,14 @@ from test_attention import (
     expected,
     self_attention,
 )
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from vision_transformer import VisionTransformer
 
 import hira
 from hira import HiraConfig, HiraError
-
-# Merging
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -100,17 +99,14 @@ def test_a_broken_adapter_is_not_merged(part):
     with torch.no_grad():
         broken.hira_A["default"][0, 0] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(HiraError, match="NaNs detected"):
+        with pytest.raises(HiraError, match="NaNs"):
             merge(safe_merge=True)
-    with pytest.raises(HiraError, match="NaNs detected"):
+    with pytest.raises(HiraError, match="NaNs"):
         layer.unload_and_optionally_merge_module(True, True, None)
     assert not layer.merged
     assert not layer.out_proj.merged
     assert torch.equal(layer.storage.stored, plain.in_proj_weight)
     assert torch.equal(layer.out_proj.storage.stored, plain.out_proj.weight)
-
-
-# Targets and checkpoints
 
 
 def ranks(model: Any) -> dict[str, int]:
@@ -197,7 +193,7 @@ def test_a_checkpoint_without_the_output_does_not_fit(tmp_path):
     whole = HiraConfig.from_pretrained(tmp_path)
     whole.exclude_modules = None
     whole.save_pretrained(tmp_path)
-    with pytest.raises(HiraError, match=r"attn\.base_layer\.out_proj\.hira_A\.other is missing"):
+    with pytest.raises(HiraError, match=r"attn\.base_layer\.out_proj\.hira_A\.other"):
         model.load_adapter(tmp_path, "other")
     assert list(model.state_dict()) == before
 
@@ -225,7 +221,7 @@ def test_a_computed_weight():
     model = get_peft_model(base, config())
     args = self_attention(*FIRST)
     assert_same(model(*args), expected(model.base_model.model.attn, plain, args, {}))
-    with pytest.raises(HiraError, match=r"^attn: The in_proj_weight of .* is computed, not stored, so nothing can be"):
+    with pytest.raises(HiraError, match=r"^attn: .*in_proj_weight"):
         model.merge_adapter()
 
 
@@ -235,9 +231,9 @@ def integer_output(base: nn.Module) -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "dropout": (Attending, {"hira_dropout": 0.1}, r"attn: hira_dropout is 0\.1, but nn\.MultiheadAttention .*=0"),
-    "three weights": (lambda: Attending(kdim=4), {}, r"attn: .* has three weights .*; target its out_proj alone\."),
-    "integers": (lambda: integer_output(Attending()), {}, r"its weight is a Tensor of torch\.int8\. HiRA reads dense"),
+    "dropout": (Attending, {"hira_dropout": 0.1}, "attn.*hira_dropout"),
+    "three weights": (lambda: Attending(kdim=4), {}, "attn.*out_proj"),
+    "integers": (lambda: integer_output(Attending()), {}, r"torch\.int8"),
 }  # fmt: skip
 
 
@@ -252,7 +248,7 @@ def test_refusals_change_nothing(make, options, message):
 
 def test_dropout_of_a_second_adapter_is_refused():
     model, layer, _ = adapted()
-    with pytest.raises(HiraError, match=r"hira_dropout is 0\.5"):
+    with pytest.raises(HiraError, match="hira_dropout"):
         model.add_adapter("other", config(hira_dropout=0.5))
     assert layer.r == layer.out_proj.r == {"default": 3}
     assert list(model.peft_config) == ["default"]
@@ -260,7 +256,7 @@ def test_dropout_of_a_second_adapter_is_refused():
 
 def test_attention_of_another_tuner_is_refused():
     lora = get_peft_model(Attending(), peft.LoraConfig(target_modules=["attn"])).base_model.model
-    with pytest.raises(HiraError, match=r"is adapted by another tuner.*leave this module to one of the two"):
+    with pytest.raises(HiraError, match="another tuner"):
         hira.layers.dispatch.dispatch(lora.attn, "default", hira_config=config())
 
 
@@ -269,13 +265,13 @@ def test_a_mixed_batch():
     model.eval()
     args = self_attention(*FIRST)
     assert_same(model(*args, adapter_names=["default"] * BATCH), model(*args))
-    with pytest.raises(HiraError, match=r"multiplies by the weight of attn itself, which is one for all rows"):
+    with pytest.raises(HiraError, match=r"\battn\b"):
         model(*args, adapter_names=["__base__", "default"])
-    message = r"asks for \['__base__'\], but attention has one weight for all rows; in attn \['default'\] are active"
+    message = "__base__.*attn.*default"
     with pytest.raises(HiraError, match=message):
         layer(*args, adapter_names=["__base__"] * BATCH)
     layer.merge()
-    with pytest.raises(HiraError, match=r"and \['default'\] merged"):
+    with pytest.raises(HiraError, match=r"'default'.* merged"):
         layer(*args, adapter_names=["default"] * BATCH)
 
 
@@ -289,42 +285,6 @@ def test_beside_lora_in_a_mixed_model():
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(query), wanted, **EXACT)
     assert type(merged[1].self_attn.out_proj) is not hira.Linear
-
-
-# A model
-
-
-class VisionTransformer(nn.Module):
-    """Patches of an image, a class token, positions, pre-norm blocks around nn.MultiheadAttention, and a head."""
-
-    def __init__(self, width: int = 32, depth: int = 2, classes: int = 4):
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 4, stride=4)
-        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1, 17, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
-
-
-class Block(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
 
 
 def quadrants(n: int) -> tuple[Tensor, Tensor]:
@@ -385,7 +345,5 @@ def test_peft_alone_refuses_attention():
 def test_weights_that_zero_3_has_partitioned_are_refused():
     model, layer, _ = adapted()
     layer.get_base_layer().in_proj_weight.ds_id = 0  # by which DeepSpeed knows its parameters
-    with pytest.raises(
-        HiraError, match=r"^The in_proj_weight of MultiheadAttention is spread over processes by ZeRO-3"
-    ):
+    with pytest.raises(HiraError, match=r"in_proj_weight of MultiheadAttention.*ZeRO-3"):
         model(*self_attention(*FIRST))

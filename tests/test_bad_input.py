@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from stock_peft import stock_peft
 from torch import nn
 
 import hira
@@ -91,24 +92,24 @@ def refused(model: nn.Module, error: type[Exception], message: str) -> Iterator[
 # Configurations
 
 BAD_FIELDS = [
-    ({"r": 0}, r"^`r` should be a positive integer, but r is 0\.$"),
-    ({"r": -3}, r"^`r` should be a positive integer, but r is -3\.$"),
-    ({"r": 2.0}, r"^`r` should be a positive integer, but r is 2\.0\.$"),
-    ({"r": True}, r"^`r` should be a positive integer, but r is True\.$"),
-    ({"r": "8"}, r"^`r` should be a positive integer, but r is '8'\.$"),
-    ({"r": None}, r"^`r` should be a positive integer, but r is None\.$"),
-    ({"rank_pattern": {"blocks.1": 0}}, r"^`r` should be a positive integer, but rank_pattern\['blocks.1'\] is 0\.$"),
-    ({"rank_pattern": {"blocks.1": 1.5}}, r"but rank_pattern\['blocks.1'\] is 1\.5\.$"),
-    ({"rank_pattern": ["blocks.1"]}, r"^rank_pattern must map names to ranks, not be \['blocks\.1'\]\.$"),
-    ({"hira_dropout": 1.0}, r"^hira_dropout must be a number in \[0, 1\), not 1\.0\.$"),
-    ({"hira_dropout": -0.1}, r"^hira_dropout must be a number in \[0, 1\), not -0\.1\.$"),
-    ({"hira_dropout": float("nan")}, r"^hira_dropout must be a number in \[0, 1\), not nan\.$"),
-    ({"hira_dropout": "0.1"}, r"^hira_dropout must be a number in \[0, 1\), not '0\.1'\.$"),
-    ({"hira_dropout": None}, r"^hira_dropout must be a number in \[0, 1\), not None\.$"),
-    ({"init_weights": "kaiming"}, r"^init_weights must be True, False, None or 'gaussian', not 'kaiming'\.$"),
-    ({"init_weights": 3}, r"^init_weights must be True, False, None or 'gaussian', not 3\.$"),
-    ({"target_modules": ".*", "layers_to_transform": [0]}, r"^`layers_to_transform` cannot be used when `target_mod"),
-    ({"target_modules": ".*", "layers_pattern": "h"}, r"^`layers_pattern` cannot be used when `target_modules` is a"),
+    ({"r": 0}, r"`r`.* 0\b"),
+    ({"r": -3}, "`r`.* -3"),
+    ({"r": 2.0}, r"`r`.* 2\.0"),
+    ({"r": True}, "`r`.* True"),
+    ({"r": "8"}, "`r`.* '8'"),
+    ({"r": None}, "`r`.* None"),
+    ({"rank_pattern": {"blocks.1": 0}}, r"rank_pattern\['blocks\.1'\].* 0\b"),
+    ({"rank_pattern": {"blocks.1": 1.5}}, r"rank_pattern\['blocks\.1'\].* 1\.5"),
+    ({"rank_pattern": ["blocks.1"]}, r"rank_pattern.* \['blocks\.1'\]"),
+    ({"hira_dropout": 1.0}, r"hira_dropout.* 1\.0"),
+    ({"hira_dropout": -0.1}, r"hira_dropout.* -0\.1"),
+    ({"hira_dropout": float("nan")}, r"hira_dropout.* nan"),
+    ({"hira_dropout": "0.1"}, r"hira_dropout.* '0\.1'"),
+    ({"hira_dropout": None}, r"hira_dropout.* None"),
+    ({"init_weights": "kaiming"}, "init_weights.* 'kaiming'"),
+    ({"init_weights": 3}, "init_weights.* 3"),
+    ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform.*target_modules"),
+    ({"target_modules": ".*", "layers_pattern": "h"}, "layers_pattern.*target_modules"),
 ]
 
 
@@ -130,26 +131,18 @@ def test_bad_fields_of_a_stock_config(fields):
     for name, value in fields.items():
         setattr(bad, name, value)
     body = Body()
-    with refused(body, HiraError, "should be a positive|must be"):
+    with refused(body, HiraError, next(iter(fields))):
         get_peft_model(body, bad)
 
 
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
-        (
-            ["nothing"],
-            peft.utils.error.NoMatchingPeftModuleError,
-            r"Target modules \{'nothing'\} not found in the base",
-        ),
-        ("no.*thing", peft.utils.error.NoMatchingPeftModuleError, r"Target modules no\.\*thing not found in the base"),
-        (
-            ["0", "norm"],
-            HiraError,
-            r"^norm: Target module LayerNorm.* is not supported\. HiRA adapts nn\.Linear, nn\.Emb",
-        ),
-        (["blocks"], HiraError, r"(?s)^blocks: Target module ModuleList.* is not supported"),
-        (None, HiraError, "Please specify `target_modules` in `peft_config`"),
+        (["nothing"], peft.utils.error.NoMatchingPeftModuleError, "'nothing'"),
+        ("no.*thing", peft.utils.error.NoMatchingPeftModuleError, r"no\.\*thing"),
+        (["0", "norm"], HiraError, r"^norm: .*LayerNorm.* nn\.Linear"),
+        (["blocks"], HiraError, r"^blocks: .*ModuleList"),
+        (None, HiraError, "target_modules"),
     ],
     ids=str,
 )
@@ -167,7 +160,7 @@ def test_a_weight_that_is_not_dense():
     body = Body()
     body.blocks[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     before = state(body)
-    with pytest.raises(HiraError, match=r"^blocks\.1: Target module Linear.* its weight is a Tensor of torch\.int8\."):
+    with pytest.raises(HiraError, match=r"^blocks\.1: .*Linear.* torch\.int8"):
         get_peft_model(body, config())
     assert state(body) == before
 
@@ -177,26 +170,26 @@ def test_a_weight_that_is_not_dense():
 
 def test_names_that_are_taken():
     model = adapted()
-    with refused(model, ValueError, "Adapter with name 'first' already exists"):
+    with refused(model, ValueError, "'first'"):
         model.add_adapter("first", config())
-    with refused(model, HiraError, r"^There is an adapter 'first' already, on embed; choose another name\.$"):
+    with refused(model, HiraError, "'first'.* embed"):
         peft.inject_adapter_in_model(config(), model.base_model.model, adapter_name="first")
 
 
 def test_names_that_are_unknown(tmp_path):
     model = adapted()
-    ours = r"^There is no adapter 'nope'; there are \['first'\]\.$"
-    with refused(model, ValueError, "Adapter nope not found"):
+    ours = "'nope'.*'first'"
+    with refused(model, ValueError, "nope"):
         model.set_adapter("nope")
     with refused(model, HiraError, ours):
         model.base_model.set_adapter(["first", "nope"])
-    with refused(model, ValueError, "Adapter nope does not exist"):
+    with refused(model, ValueError, "nope"):
         model.delete_adapter("nope")
     with refused(model, HiraError, ours):
         model.merge_adapter(["first", "nope"])
     with refused(model, HiraError, ours):
         model.merge_and_unload(adapter_names=["nope"])
-    with refused(model, ValueError, "You passed an invalid `selected_adapters` arguments"):
+    with refused(model, ValueError, "selected_adapters"):
         model.save_pretrained(tmp_path, selected_adapters=["nope"])
     assert list(tmp_path.iterdir()) == []
 
@@ -205,9 +198,7 @@ def test_a_safe_merge_that_would_not_be_finite():
     model = adapted()
     model.base_model.model.blocks[1].hira_B["first"].data.fill_(float("inf"))
     before, y = state(model), model(IDS)
-    message = (
-        r"^NaNs detected in the merged weights\. The adapter first seems to be broken: .* of blocks\.1 would not be"
-    )
+    message = r"first.* blocks\.1"
     for attempt in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(HiraError, match=message):
             attempt(safe_merge=True)
@@ -260,12 +251,12 @@ def lora(tensors):
 
 
 BAD_TENSORS = [
-    (longer, r"blocks\.0\.hira_A\.\w+ is of shape \(2, 5\), not \(2, 4\)\. Nothing was loaded"),
-    (other_rank, r"blocks\.0\.hira_A\.\w+ is of shape \(3, 4\), not \(2, 4\); .*hira_B\.\w+ is of shape \(4, 3\), not"),
-    (missing, r"blocks\.0\.hira_B\.\w+ is missing\. Nothing was loaded\. Check that it was trained on this model"),
-    (missing_module, r"embed\.hira_embedding_A\.\w+ is missing; .*embed\.hira_embedding_B\.\w+ is missing"),
-    (extra, r"head\.hira_A(\.\w+)? belongs to no adapted module"),
-    (lora, r"is missing; .* and 1 more\. Nothing was loaded"),
+    (longer, r"blocks\.0\.hira_A.* \(2, 5\)"),
+    (other_rank, r"blocks\.0\.hira_A.* \(3, 4\).*hira_B.* \(4, 3\)"),
+    (missing, r"blocks\.0\.hira_B.* missing"),
+    (missing_module, r"embed\.hira_embedding_A.*embed\.hira_embedding_B"),
+    (extra, r"head\.hira_A"),
+    (lora, "missing.* 1 more"),
 ]
 TENSORS = pytest.mark.parametrize(
     ("change", "message"), BAD_TENSORS, ids=[change.__name__ for change, _ in BAD_TENSORS]
@@ -277,9 +268,9 @@ TENSORS = pytest.mark.parametrize(
 def test_checkpoints_that_do_not_fit(folder, change, message, low_cpu_mem_usage):
     rewrite(folder, change)
     body, model = Body(), adapted()
-    with refused(body, HiraError, rf"^The checkpoint does not fit adapter 'default': .*{message}"):
+    with refused(body, HiraError, f"'default'.*{message}"):
         PeftModel.from_pretrained(body, folder, low_cpu_mem_usage=low_cpu_mem_usage)
-    with refused(model, HiraError, rf"^The checkpoint does not fit adapter 'second': .*{message}"):
+    with refused(model, HiraError, f"'second'.*{message}"):
         model.load_adapter(folder, "second", low_cpu_mem_usage=low_cpu_mem_usage)
     good = adapted()
     good.save_pretrained(folder.parent)
@@ -291,7 +282,7 @@ def test_state_dicts_that_do_not_fit(change, message):
     model = adapted()
     tensors = get_peft_model_state_dict(model, adapter_name="first")
     change(tensors)
-    with refused(model, HiraError, rf"^The checkpoint does not fit adapter 'first': .*{message}"):
+    with refused(model, HiraError, f"'first'.*{message}"):
         set_peft_model_state_dict(model, tensors, adapter_name="first")
 
 
@@ -300,7 +291,7 @@ def test_truncated_files(folder, keep):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     body, model = Body(), adapted()
-    message = rf"^{path} is not a readable safetensors file \(.*\)\. It may be truncated: copy or download it again\.$"
+    message = re.escape(str(path))
     with refused(body, HiraError, message):
         PeftModel.from_pretrained(body, folder)
     with refused(model, HiraError, message):
@@ -310,18 +301,18 @@ def test_truncated_files(folder, keep):
 def test_a_folder_without_weights(folder):
     (folder / "adapter_model.safetensors").unlink()
     body = Body()
-    with refused(body, HFValidationError, f"Repo id must be .*{folder}"):  # PEFT asks the hub for it
+    with refused(body, HFValidationError, re.escape(str(folder))):  # PEFT asks the hub for it
         PeftModel.from_pretrained(body, str(folder))
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"r": 0}, HiraError, "`r` should be a positive integer, but r is 0"),
-        ({"init_weights": "pissa"}, HiraError, "init_weights must be True, False, None or 'gaussian', not 'pissa'"),
-        ({"r": 5}, HiraError, r"The checkpoint does not fit adapter 'default': .* is of shape \(2, 7\), not \(5, 7\)"),
-        ({"target_modules": ["0"]}, HiraError, "blocks.1.hira_A belongs to no adapted module"),
-        ({"target_modules": ["no"]}, peft.utils.error.NoMatchingPeftModuleError, r"Target modules \{'no'\} not found"),
+        ({"r": 0}, HiraError, "`r`.* 0"),
+        ({"init_weights": "pissa"}, HiraError, "init_weights.* 'pissa'"),
+        ({"r": 5}, HiraError, r"'default'.* \(2, 7\)"),
+        ({"target_modules": ["0"]}, HiraError, r"blocks\.1\.hira_A"),
+        ({"target_modules": ["no"]}, peft.utils.error.NoMatchingPeftModuleError, "'no'"),
     ],
     ids=["rank", "start", "other rank", "fewer modules", "no module"],
 )

@@ -47,7 +47,7 @@ def test_the_gpu_script_stops_at_a_wrong_kernel(monkeypatch):
 
     form = gpu.triton.form
     monkeypatch.setattr(gpu.triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
-    with pytest.raises(SystemExit, match=r"form in torch\.float32 is off by 1\.0e-03, allowed .*; nothing is timed"):
+    with pytest.raises(SystemExit, match=r"torch\.float32"):
         list(gpu.check_kernels(DEVICE))
 
 
@@ -90,7 +90,7 @@ def test_the_merge_script_times_no_wrong_merge(tmp_path, monkeypatch):
     copies.write_text('#!/bin/sh\ncp -r "$2" "$5"\n')
     copies.chmod(0o755)
     monkeypatch.setattr(merge, "COMMAND", copies)
-    with pytest.raises(SystemExit, match=r"differs from merge_and_unload in .*q_proj.*; nothing is timed"):
+    with pytest.raises(SystemExit, match="q_proj"):
         merge.check(torch.bfloat16, tmp_path)
 
 
@@ -98,5 +98,5 @@ def test_the_merge_script_refuses_a_folder_in_memory(tmp_path, monkeypatch):
     import merge
 
     monkeypatch.setattr(merge.subprocess, "check_output", lambda *arguments, **how: "Type\ntmpfs\n")
-    with pytest.raises(SystemExit, match=r"is on a tmpfs, which is memory; choose a --folder on a disk"):
+    with pytest.raises(SystemExit, match=r"tmpfs.* --folder"):
         merge.measured(argparse.Namespace(), tmp_path)

@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -155,7 +155,7 @@ def test_exit_messages_and_tracebacks_are_the_programs_own(done):
     ("command", "message"),
     [
         ("nothing to run", "Missing argument 'SCRIPT|MODULE'"),
-        ("isolated", "python ignores PYTHONPATH with -E, -I and -S"),
+        ("isolated", "PYTHONPATH"),
     ],
 )
 def test_usage_errors(done, command, message):

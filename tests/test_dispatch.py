@@ -7,8 +7,8 @@ import importlib
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
@@ -19,14 +19,6 @@ from hira.layers.attention import dispatch_attention
 from hira.layers.dispatch import DISPATCHERS, dispatch, dispatch_default, dispatch_parameter
 
 CONFIG = HiraConfig(r=2, init_weights=False)
-SUPPORTED = (
-    r"is not supported\. HiRA adapts nn\.Linear, nn\.Embedding, nn\.Conv1d, nn\.Conv2d, nn\.Conv3d, "
-    r"nn\.MultiheadAttention, transformers' Conv1D and the quantised linear layers that docs/base_layers\.md lists\.$"
-)
-STORED = (
-    r"HiRA reads dense float weights and the quantised ones that docs/base_layers\.md lists; adapt the model before it "
-    r"is quantised, or leave this module out with exclude_modules\.$"
-)
 
 
 class OwnForward(nn.Linear):
@@ -79,7 +71,7 @@ def test_a_rank_goes_before_the_configured_one():
 @pytest.mark.parametrize("make", NOT_SERVED.values(), ids=NOT_SERVED)
 def test_what_is_not_served(make):
     target = make()
-    with pytest.raises(HiraError, match=rf"(?s)^Target module {type(target).__name__}\(.*{SUPPORTED}"):
+    with pytest.raises(HiraError, match=type(target).__name__):
         dispatch(target, "default", hira_config=CONFIG)
     assert {dispatcher(target, "default", hira_config=CONFIG) for dispatcher in DISPATCHERS} == {None}
 
@@ -90,7 +82,7 @@ def test_dtypes_that_are_not_dense_floats(name, dtype):
     base = SERVED[name][0]()
     base.weight = nn.Parameter(base.weight.detach().to(dtype), requires_grad=False)
     config = HiraConfig(r=2, fan_in_fan_out=name == "Conv1D")
-    message = rf"^Target module {type(base).__name__}.* is not supported: its weight is a Tensor of {dtype}\. {STORED}"
+    message = f"(?s){type(base).__name__}.*{dtype}"
     with pytest.raises(HiraError, match=message):
         dispatch(base, "default", hira_config=config)
 
@@ -108,13 +100,13 @@ class Scaled(torch.Tensor):
 def test_a_tensor_of_another_kind():
     base = nn.Linear(4, 3)
     base.weight = nn.Parameter(torch.Tensor._make_subclass(Scaled, torch.ones(3, 4)), requires_grad=False)
-    with pytest.raises(HiraError, match=rf"is not supported: its weight is a Scaled of torch\.float32\. {STORED}"):
+    with pytest.raises(HiraError, match="Scaled"):
         dispatch(base, "default", hira_config=CONFIG)
 
 
 def test_a_refusal_in_a_model_names_the_module():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(HiraError, match=rf"(?s)^1: Target module LayerNorm\(.*{SUPPORTED}"):
+    with pytest.raises(HiraError, match=r"^1: .*LayerNorm"):
         get_peft_model(model, HiraConfig(r=2, target_modules=["0", "1"]))
     assert [type(module) for module in model] == [nn.Linear, nn.LayerNorm]
 
@@ -181,5 +173,5 @@ def test_names_under_peft():
     assert {dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_attention} < set(DISPATCHERS)
     assert DISPATCHERS[-1] is dispatch_default
     assert peft.tuners.hira.dispatch.dispatch_default is dispatch_default
-    with stock_peft(), pytest.raises(ModuleNotFoundError, match=r"No module named 'peft\.tuners\.hira\.dispatch'"):
+    with stock_peft(), pytest.raises(ModuleNotFoundError, match=r"peft\.tuners\.hira\.dispatch"):
         importlib.import_module("peft.tuners.hira.dispatch")

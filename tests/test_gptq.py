@@ -22,7 +22,7 @@ def test_a_layer_that_was_packed_anew_for_inference_is_refused(case):
     base = case.quantise(nn.Linear(IN, OUT)).eval()
     with torch.no_grad():
         base(torch.randn(2, IN))
-    with pytest.raises(HiraError, match=r"^This Torch\w+ was run in evaluation mode and packed its weight anew for"):
+    with pytest.raises(HiraError, match=r"Torch\w+.* evaluation"):
         hira.layers.dispatch.dispatch(base, "default", hira_config=hira.HiraConfig(r=2))
 
 

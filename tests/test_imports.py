@@ -1,4 +1,4 @@
-"""The shape of the package: imports point down only, files hold one idea, public names are documented."""
+"""The shape of the package: imports point down only, optional packages stay optional, public names are documented."""
 
 from __future__ import annotations
 
@@ -99,7 +99,6 @@ def test_imports_point_down(path):
 def test_the_graph_is_not_empty():
     """The test above would pass on files that it cannot read."""
     assert {"errors", "layers.base", "ops.heuristics"} <= within(imports(SOURCE / "layers" / "linear.py"))
-    assert len(FILES) > 15
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -142,9 +141,7 @@ def test_kernels_are_imported_where_they_are_used(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_files_are_short_and_say_what_they_are(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 600
+def test_files_say_what_they_are(path):
     assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
     assert path.stem not in {"utils", "helpers", "common"}
 
@@ -165,10 +162,7 @@ def public_functions() -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(("name", "value"), public_functions(), ids=[name for name, _ in public_functions()])
 def test_public_names_are_documented(name, value):
-    doc = inspect.getdoc(value)
-    assert doc, f"{name} has no docstring"
-    first = doc.split("\n\n")[0].replace("\n", " ")
-    assert first.rstrip().endswith((".", ":")), f"{name}: {first!r} is not a sentence"
+    assert inspect.getdoc(value), f"{name} has no docstring"
     assert "hira" in inspect.getmodule(value).__name__
 
 

@@ -64,7 +64,7 @@ def test_transformers_add_adapter_refuses_a_name_that_is_taken():
     model = llama()
     model.add_adapter(config())
     before = logits(model)
-    with pytest.raises(ValueError, match="Adapter with name default already exists"):
+    with pytest.raises(ValueError, match="default"):
         model.add_adapter(config(r=2))
     assert torch.equal(logits(model), before)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -160,7 +160,7 @@ def test_shapes_of_a_convolution_are_those_of_peft(case):
 
 
 def test_a_convolution_of_other_dimensions_is_refused():
-    with pytest.raises(hira.HiraError, match=r"^Conv1d is for 1 spatial dimensions, not 2\.$"):
+    with pytest.raises(hira.HiraError, match="Conv1d"):
         hira.Conv1d(nn.Conv2d(2, 3, 1), "default", hira.HiraConfig(r=2))
 
 
@@ -265,7 +265,7 @@ def test_attributes_are_read_off_the_base_layer(case, names):
     for name in names:
         found, expected = getattr(layer, name), getattr(layer.get_base_layer(), name)
         assert found is expected or found == expected
-    with pytest.raises(AttributeError, match="object has no attribute 'strides'"):
+    with pytest.raises(AttributeError, match="'strides'"):
         layer.strides  # noqa: B018
     assert not hasattr(layer, "_private")
     assert not hasattr(layer, "original_name_of_this")

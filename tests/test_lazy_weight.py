@@ -155,5 +155,5 @@ def test_a_gradient_that_would_be_lost_is_refused():
 def test_a_kernel_that_wants_the_data_is_refused():
     lazy, _, _ = setting(False)
     assert lazy.data_ptr() == 0
-    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(HiraError, match="formed where it is multiplied by"):
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(HiraError, match="multiplied"):
         lazy + 1

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -177,22 +177,22 @@ def test_generate_of_a_compiled_model():
 @pytest.mark.parametrize("rows", [10, 4])
 def test_rows_that_nobody_repeated_are_refused(rows):
     """Outside of generate() two rows for each name may be any two."""
-    with pytest.raises(hira.HiraError, match=rf"names 5 rows, but .* got {rows}"):
+    with pytest.raises(hira.HiraError, match=rf"\b5\b.*\b{rows}\b"):
         logits(adapted_llama(), IDS.repeat(2, 1)[:rows], adapter_names=NAMES)
 
 
 def test_bad_names_are_refused():
     model = adapted_llama()
     before = logits(model, IDS)
-    with pytest.raises(hira.HiraError, match=r"There is no adapter 'nope'; there are \['high', 'low'\]\."):
+    with pytest.raises(hira.HiraError, match="'nope'"):
         logits(model, IDS, adapter_names=["nope", *NAMES[1:]])
-    with pytest.raises(hira.HiraError, match=r"names 2 rows, but model\.embed_tokens got 5; pass one name for each"):
+    with pytest.raises(hira.HiraError, match=r"model\.embed_tokens"):
         logits(model, IDS, adapter_names=["high", "low"])
     model.train()
-    with pytest.raises(hira.HiraError, match=r"adapter_names is for inference, but the model is in training mode"):
+    with pytest.raises(hira.HiraError, match=r"adapter_names.* training"):
         logits(model, IDS, adapter_names=NAMES)
     model.eval().merge_adapter(["high"])
-    with pytest.raises(hira.HiraError, match=r"while \['high'\] are merged into .*; call unmerge_adapter\(\) first"):
+    with pytest.raises(hira.HiraError, match=r"'high'.* unmerge_adapter"):
         logits(model, IDS, adapter_names=NAMES)
     model.unmerge_adapter()
     assert torch.equal(logits(model, IDS), before)

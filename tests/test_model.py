@@ -12,8 +12,8 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -327,7 +327,7 @@ def test_disabling_while_merged_reaches_weights_that_are_read():
 
 def test_a_mixed_batch_is_refused_where_one_weight_serves_all_rows():
     model, x, _ = attention_model()
-    with pytest.raises(HiraError, match=r"multiplies by the weight of attention\.out_proj itself"):
+    with pytest.raises(HiraError, match=r"attention\.out_proj"):
         model(x, adapter_names=["__base__", "default"])
     torch.testing.assert_close(model(x, adapter_names=["default", "default"]), model(x))
 
@@ -382,7 +382,7 @@ def test_a_config_need_not_say_the_type_of_the_model(config):
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), {"model_type": "own"}], ids=[*CONFIGS, "own type"])
 def test_only_default_modules_need_the_type_of_the_model(config):
-    with pytest.raises(HiraError, match="Please specify `target_modules`"):
+    with pytest.raises(HiraError, match="target_modules"):
         get_peft_model(Projection(config), hira.HiraConfig(r=2))
 
 

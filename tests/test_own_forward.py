@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from peft import LoraConfig, PeftMixedModel
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding

@@ -14,8 +14,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import error, stock_peft
+from oracle import error
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D

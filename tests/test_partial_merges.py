@@ -193,7 +193,7 @@ def test_a_base_weight_loaded_while_partly_merged_is_the_new_one():
     W0 = torch.randn_like(layer.get_base_layer().weight)
     layer.get_base_layer().load_state_dict({"weight": W0, "bias": torch.zeros(5)})
     W = W0 * (1 + layer.get_delta_weight("a") + layer.get_delta_weight("b"))
-    with pytest.warns(UserWarning, match="was replaced while"):
+    with pytest.warns(UserWarning, match="replaced"):
         y = model(x)
     torch.testing.assert_close(y, F.linear(x, W), **EXACT)
 
@@ -274,7 +274,7 @@ def test_beside_lora(merged, first):
 def test_beside_merged_lora_on_a_forward_of_its_own_is_refused():
     model = mixed(KINDS["hooks"][0](), "a")
     model.base_model.merge_adapter(adapter_names=["a", "l"])
-    with pytest.raises(HiraError, match=r"only \['a'\] are merged, and so are adapters of another tuner"):
+    with pytest.raises(HiraError, match=r"'a'.* another tuner"):
         model(vectors())
 
 

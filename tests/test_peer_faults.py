@@ -14,8 +14,8 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -120,7 +120,7 @@ def gaussian_start_of_a_convolution() -> None:
 
 
 def unknown_start(base: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"init_weights must be .* not 'kaiming'"):
+    with pytest.raises(ValueError, match=r"init_weights.* 'kaiming'"):
         adapted(base(), init_weights="kaiming")
 
 
@@ -219,7 +219,7 @@ def merging_after_a_failed_merge() -> None:
     A, _ = factors_of(layer)
     good = A.detach().clone()
     A.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+    with pytest.raises(ValueError, match="NaNs"):
         model.merge_adapter(safe_merge=True)
     A.data.copy_(good)
     layer.get_base_layer().weight.data.mul_(3)
@@ -281,7 +281,7 @@ def attention_output() -> None:
 
 def unknown_names() -> None:
     module = importlib.import_module("peft.tuners.hira")
-    with pytest.raises(AttributeError, match="no attribute 'anything'"):
+    with pytest.raises(AttributeError, match="'anything'"):
         module.anything  # noqa: B018
 
 

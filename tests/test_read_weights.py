@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -294,7 +294,7 @@ def test_rows_of_a_mixed_batch_cannot_differ():
         wanted = expected(model, plain, x, "a")
         torch.testing.assert_close(model(x, adapter_names=["a"] * 3), wanted, **EXACT)
         for names in (["a", "b", "a"], ["__base__"] * 3):
-            with pytest.raises(HiraError, match=r"multiplies by the weight of qkv itself"):
+            with pytest.raises(HiraError, match="qkv"):
                 model(x, adapter_names=names)
         torch.testing.assert_close(model(x), wanted, **EXACT)
 

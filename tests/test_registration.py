@@ -13,9 +13,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import stock_peft
 from peft import get_peft_model
 from peft.utils import PeftType
+from stock_peft import stock_peft
 from torch import nn
 
 import hira
@@ -156,11 +156,11 @@ def test_top_level_names_are_ours():
 
 def test_a_name_that_does_not_exist_raises():
     """PEFT's own package gives None for any name, Conv1d among them (row 15 of the peer's faults)."""
-    with pytest.raises(AttributeError, match="has no attribute 'Conv9d'"):
+    with pytest.raises(AttributeError, match="'Conv9d'"):
         peft.tuners.hira.Conv9d  # noqa: B018
-    with pytest.raises(ImportError, match=r"cannot import name 'Conv9d' from 'peft\.tuners\.hira'"):
+    with pytest.raises(ImportError, match="'Conv9d'"):
         exec("from peft.tuners.hira import Conv9d")
-    with pytest.raises(AttributeError, match="has no attribute 'Conv9d'"):
+    with pytest.raises(AttributeError, match="'Conv9d'"):
         peft.tuners.hira.layer.Conv9d  # noqa: B018
     with stock_peft():
         assert peft.tuners.hira.Conv9d is None
@@ -197,9 +197,7 @@ def test_a_model_with_stock_layers_is_refused():
     expected = stock(x)
     base = stock.base_model.model
     modules = {name: type(module) for name, module in base.named_modules()}
-    refusal = (
-        r"^0 is a layer of PEFT's own HiRA, made before hira was imported\. Import hira first and make the adapter"
-    )
+    refusal = "^0 .*PEFT's own HiRA"
     config = hira.HiraConfig(r=2, target_modules=["2"])
     with pytest.raises(hira.HiraError, match=refusal):
         peft.get_peft_model(base, config)

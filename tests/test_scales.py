@@ -200,11 +200,11 @@ def test_scale_layer_is_of_the_active_adapters_and_multiplies():
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "2", None])
 def test_a_bad_scale_is_refused(scale):
     layer = layers(adapted("linear", "a"))[0]
-    with pytest.raises(HiraError, match="finite number"):
+    with pytest.raises(HiraError, match="finite"):
         layer.set_scale("a", scale)
-    with pytest.raises(HiraError, match="finite number"):
+    with pytest.raises(HiraError, match="finite"):
         layer.scale_layer(scale)
-    with pytest.raises(HiraError, match="other than 0"):
+    with pytest.raises(HiraError, match=r"\b0\b"):
         layer.unscale_layer(0)
     assert layer.scaling == {"a": 1.0}
 
@@ -300,7 +300,7 @@ def test_the_riemannian_preconditioner_is_applied():
 
 def test_lorafa_is_refused_by_name():
     model = two(HiraConfig(r=2, target_modules=["first"]))
-    with pytest.raises(HiraError, match="create_lorafa_optimizer is for LoRA"):
+    with pytest.raises(HiraError, match="create_lorafa_optimizer"):
         create_lorafa_optimizer(model, r=2, lora_alpha=4, lr=1e-3)
     assert model.get_base_model().first.hira_A["default"].requires_grad
     create_lorafa_optimizer(two(LoraConfig(r=2, target_modules=["first"])), r=2, lora_alpha=4, lr=1e-3)

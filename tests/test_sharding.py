@@ -14,7 +14,7 @@ import pytest
 import sharded_runs
 import torch
 import torch.multiprocessing
-from conftest import error
+from oracle import error
 from peft import PeftModel
 from sharding import CHECKPOINT, MODES, RATE, STEPS, WORLD, adapted, base_model, batch, factors
 from torch import Tensor

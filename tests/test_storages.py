@@ -10,7 +10,8 @@ import base_layers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, error, kept_for_backward
+from autograd_memory import address, kept_for_backward
+from oracle import error
 from peft import PeftModel, get_peft_model
 from storages import CASES, IN, OUT, StorageCase
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def test_a_merge_that_is_refused_changes_nothing(case):
     before = copies(case, base)
     with torch.no_grad():
         layer.hira_A["b"][1, 2] = math.nan
-    with pytest.raises(HiraError, match=r"^NaNs detected in the merged weights\. The adapter b,c seems to be broken"):
+    with pytest.raises(HiraError, match=r"NaNs.* b,c"):
         layer.merge(safe_merge=True)
     assert same(copies(case, base), before)
     assert layer.merged_adapters == ["a"]
@@ -289,9 +290,7 @@ def test_what_cannot_be_written_is_not_merged(case):
     base = model.eval().base_model.model.first.get_base_layer()
     before, y = copies(case, base), model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            HiraError, match=r"^first: The weight of \w+ can be read but not written, so nothing can be"
-        ):
+        with pytest.raises(HiraError, match=r"^first: .*weight"):
             merge()
     assert same(copies(case, base), before)
     assert torch.equal(model(x), y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,8 +93,9 @@ def test_threads_do_not_see_each_others_tensors():
 
     def run(value: int) -> bool:
         with substituted(base, weight=value * torch.eye(64)):
+            time.sleep(0.002)  # time enough for the others to put theirs in its place, if they could
             return torch.equal(base(x), value * x)
 
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(run, range(200)))
+        assert all(threads.map(run, range(20)))
     assert "weight" not in base.__dict__

@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, stock_peft
+from oracle import error
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

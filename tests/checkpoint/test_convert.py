@@ -11,9 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import error, stock_peft
+from oracle import error
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from stock_peft import stock_peft
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import architectures
 import peft
 import pytest
-import test_architectures
 import torch
 import transformers as hf
 from merging import (
@@ -26,8 +26,8 @@ from merging import (
     tensors_of,
 )
 from safetensors.torch import load_file, save_file
-from test_attention_models import VisionTransformer
 from torch import Tensor, nn
+from vision_transformer import VisionTransformer
 
 from hira import HiraError
 from hira.files.merge import merge_checkpoint
@@ -63,7 +63,7 @@ class Case(NamedTuple):
         return hira_config(*self.targets, r=r, target_parameters=self.parameters, **options)
 
 
-CASES = {name: Case(case.build, case.targets) for name, case in test_architectures.CASES.items()} | {
+CASES = {name: Case(case.build, case.targets) for name, case in architectures.CASES.items()} | {
     "attention": Case(VisionTransformer, ["attn", "patches", "head"]),
     "mixtral": Case(mixtral, ["q_proj"], EXPERTS),
     "qwen3_moe": Case(qwen3_moe, ["q_proj"], EXPERTS),

@@ -6,10 +6,10 @@ import json
 import shutil
 from typing import Any
 
+import architectures
 import peft
 import pytest
-import test_architectures
-import test_tied_weights
+import tied_models
 import transformers as hf
 from merging import assert_loads_as_merged, assert_same_tensors, config_of, hira_config, made, save, tensors_of
 from safetensors.torch import load_file, save_file
@@ -161,10 +161,10 @@ def test_the_way_out_of_such_files(tmp_path):
 @pytest.mark.parametrize(
     ("make", "trained", "targets"),
     [
-        (test_architectures.llama, hf.LlamaForSequenceClassification, ["q_proj", "embed_tokens"]),
+        (architectures.llama, hf.LlamaForSequenceClassification, ["q_proj", "embed_tokens"]),
         (bert_model, hf.BertForSequenceClassification, ["query", "word_embeddings"]),
-        (test_architectures.bert, hf.BertModel, ["query", "word_embeddings"]),
-        (test_architectures.gpt2, hf.GPT2Model, ["c_attn", "c_proj"]),
+        (architectures.bert, hf.BertModel, ["query", "word_embeddings"]),
+        (architectures.gpt2, hf.GPT2Model, ["c_attn", "c_proj"]),
         (bert_model, hf.BertForTokenClassification, ["value"]),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -195,7 +195,7 @@ def test_adapters_of_models_with_different_heads(tmp_path):
 @pytest.mark.parametrize("targets", [["c_proj"], ["c_proj", "lm_head"], ["c_proj", "c_attn"]], ids=str)
 def test_square_matrices_are_taken_as_the_architecture_stores_them(targets, said, tmp_path):
     """What the config says is what its user guessed."""
-    folders = made(tmp_path, test_architectures.gpt2(), [hira_config(*targets, fan_in_fan_out=said)])
+    folders = made(tmp_path, architectures.gpt2(), [hira_config(*targets, fan_in_fan_out=said)])
     assert json.loads((folders.adapters[0] / "adapter_config.json").read_text())["fan_in_fan_out"] is said
     _, out = folders.merge()
     assert_same_tensors(tensors_of(out), tensors_of(folders.memory))
@@ -204,7 +204,7 @@ def test_square_matrices_are_taken_as_the_architecture_stores_them(targets, said
 def test_a_square_matrix_that_is_adapted_as_a_parameter(tmp_path):
     """Then it is taken as it is stored, whatever its module would do with it."""
     config = hira_config("c_attn", target_parameters=["attn.c_proj.weight"])
-    folders = made(tmp_path, test_architectures.gpt2(), [config])
+    folders = made(tmp_path, architectures.gpt2(), [config])
     _, out = folders.merge()
     assert_same_tensors(tensors_of(out), tensors_of(folders.memory))
 
@@ -216,7 +216,7 @@ UNKNOWN = [{"model_type": "mystery"}, {"auto_map": {"AutoModelForCausalLM": "mod
 
 @pytest.mark.parametrize("unknown", UNKNOWN, ids=str)
 def test_an_unknown_architecture_merges_by_names(unknown, tmp_path):
-    folders = made(tmp_path, test_architectures.llama(), [hira_config("q_proj", "embed_tokens", "lm_head")], shard=3000)
+    folders = made(tmp_path, architectures.llama(), [hira_config("q_proj", "embed_tokens", "lm_head")], shard=3000)
     folders.configure(**unknown, tie_word_embeddings=False)
     _, out = folders.merge()
     assert_same_tensors(tensors_of(out), tensors_of(folders.memory))
@@ -236,7 +236,7 @@ def test_an_unknown_architecture_merges_by_names(unknown, tmp_path):
 )
 @pytest.mark.parametrize("unknown", UNKNOWN, ids=str)
 def test_embeddings_of_an_unknown_architecture_that_may_be_tied_are_refused(unknown, options, ties, tmp_path):
-    folders = made(tmp_path, test_tied_weights.llama(), [peft.HiraConfig(r=2, **options)])
+    folders = made(tmp_path, tied_models.llama(), [peft.HiraConfig(r=2, **options)])
     folders.configure(**unknown, tie_word_embeddings=ties)
     folders.rewrite(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     with pytest.raises(HiraError, match=rf"(embed_tokens|lm_head)\.weight may share its weight.*{IN_MEMORY}"):
@@ -244,7 +244,7 @@ def test_embeddings_of_an_unknown_architecture_that_may_be_tied_are_refused(unkn
 
 
 def test_square_matrices_of_an_unknown_architecture(tmp_path):
-    folders = made(tmp_path, test_architectures.gpt2(), [hira_config("c_proj", "c_attn")])
+    folders = made(tmp_path, architectures.gpt2(), [hira_config("c_proj", "c_attn")])
     folders.configure(model_type="mystery")
     with pytest.raises(HiraError, match=rf"h\.0\.attn\.c_proj\.weight \(16, 16\) .* cannot be told.*{IN_MEMORY}"):
         folders.merge()
@@ -263,9 +263,9 @@ def test_square_matrices_of_an_unknown_architecture(tmp_path):
         merge_checkpoint(folders.base, [*folders.adapters, second], out, overwrite=True)
 
 
-@pytest.mark.parametrize("other", [test_architectures.bert, test_tied_weights.llama, test_architectures.gpt2])
+@pytest.mark.parametrize("other", [architectures.bert, tied_models.llama, architectures.gpt2])
 def test_an_adapter_of_another_model(other, tmp_path):
-    folders = made(tmp_path, test_architectures.llama(), [hira_config("q_proj")])
+    folders = made(tmp_path, architectures.llama(), [hira_config("q_proj")])
     shutil.rmtree(folders.base)
     save(other(), folders.base)
     absent = (

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
-import test_architectures
 import torch
 from merging import Folders, assert_same_tensors, config_of, hira_config, layout_of, made, tensors_of
 from safetensors.torch import load_file, save_file
@@ -243,7 +243,7 @@ def test_the_folder_as_a_whole(tmp_path):
 
 
 def test_files_that_do_not_change_are_the_same_bytes(tmp_path):
-    folders = made(tmp_path, test_architectures.llama(), [hira_config("layers.0.self_attn.q_proj")], shard=3000)
+    folders = made(tmp_path, architectures.llama(), [hira_config("layers.0.self_attn.q_proj")], shard=3000)
     for path in folders.base.glob("*.safetensors"):
         save_file(load_file(path), path, {"format": "pt", "made by": "a test \N{GREEK SMALL LETTER MU}"})
     report, out = folders.merge()
@@ -287,7 +287,7 @@ def test_a_dry_run_writes_nothing_and_reports_the_same(tmp_path):
 @pytest.mark.parametrize("targets", [["layers.0.self_attn.q_proj"], ["q_proj", "down_proj", "embed_tokens"]], ids=str)
 def test_progress_ends_at_the_total(targets, options, tmp_path):
     """Whether all files change, or all but one are copied."""
-    folders = made(tmp_path, test_architectures.llama(), [hira_config(*targets)], shard=3000)
+    folders = made(tmp_path, architectures.llama(), [hira_config(*targets)], shard=3000)
     called: list[tuple[int, int]] = []
     report, _ = folders.merge(progress=lambda done, total: called.append((done, total)), **options)
     assert {total for _, total in called} == {sum(report.shards.values())}
@@ -298,7 +298,7 @@ def test_progress_ends_at_the_total(targets, options, tmp_path):
 
 
 def test_one_adapter_by_its_path_and_from_another_folder(tmp_path, monkeypatch):
-    folders = made(tmp_path, test_architectures.llama(), [hira_config("q_proj")])
+    folders = made(tmp_path, architectures.llama(), [hira_config("q_proj")])
     monkeypatch.chdir(tmp_path)
     report = merge_checkpoint("base", os.path.join("adapters", "a0"), Path("out"))
     assert report.out == tmp_path / "out"

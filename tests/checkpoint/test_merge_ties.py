@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import architectures
 import peft
 import pytest
-import test_architectures
-import test_tied_weights
+import tied_models
 import torch
 from merging import assert_loads_as_merged, assert_same_tensors, config_of, hira_config, made, tensors_of
 from safetensors.torch import load_file, save_file
@@ -19,14 +19,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def untied() -> nn.Module:
-    return test_architectures.llama()
+    return architectures.llama()
 
 
 def tied() -> nn.Module:
-    return test_tied_weights.llama()
+    return tied_models.llama()
 
 
-@test_tied_weights.every_case
+@tied_models.every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shared_weights_are_written_once_for_all_or_apart(make, tied, targets, dtype, tmp_path):
     folders = made(tmp_path, make().to(dtype), [hira_config(*targets), hira_config(targets[0], r=3)])
@@ -41,7 +41,7 @@ def test_shared_weights_are_written_once_for_all_or_apart(make, tied, targets, d
     assert_loads_as_merged(folders, out)
 
 
-@pytest.mark.parametrize("make", [test_tied_weights.t5, test_architectures.bart], ids=["t5", "bart"])
+@pytest.mark.parametrize("make", [tied_models.t5, architectures.bart], ids=["t5", "bart"])
 @pytest.mark.parametrize("options", [{"target_modules": ["shared"]}, {"modules_to_save": ["shared"]}], ids=str)
 def test_the_table_that_the_others_are_tied_to(make, options, tmp_path):
     """Here `save_pretrained` writes less than there is, so the models that load are compared."""
@@ -76,14 +76,14 @@ def test_files_that_other_programs_wrote(present, targets, tmp_path):
 @pytest.mark.parametrize(
     ("make", "prefix", "targets"),
     [
-        (test_tied_weights.gpt2, "transformer.", ["wte", "c_attn"]),
-        (test_tied_weights.gpt2, "transformer.", ["lm_head"]),
-        (test_tied_weights.bert, "bert.", ["word_embeddings"]),
-        (test_architectures.bart, "model.", ["decoder.embed_tokens", "q_proj"]),
+        (tied_models.gpt2, "transformer.", ["wte", "c_attn"]),
+        (tied_models.gpt2, "transformer.", ["lm_head"]),
+        (tied_models.bert, "bert.", ["word_embeddings"]),
+        (architectures.bart, "model.", ["decoder.embed_tokens", "q_proj"]),
         (tied, "model.", ["embed_tokens", "q_proj"]),
         (tied, "model.", ["lm_head"]),
     ],
-    ids=str,
+    ids=["gpt2", "the head of gpt2", "bert", "bart", "tied", "the head of tied"],
 )
 def test_files_that_name_tensors_as_the_model_without_its_head(make, prefix, targets, tmp_path):
     """As those of GPT-2 on the hub do."""
@@ -138,7 +138,7 @@ def test_parameters_that_an_adapter_brings_whole(make, targets, saved, tmp_path)
 
 def test_buffers_that_an_adapter_brings_too(tmp_path):
     saved = ["normalization", "classifier"]
-    folders = made(tmp_path, test_architectures.mobilenet(), [hira_config("convolution", modules_to_save=saved)])
+    folders = made(tmp_path, architectures.mobilenet(), [hira_config("convolution", modules_to_save=saved)])
     path = folders.adapters[0] / "adapter_model.safetensors"
     tensors = load_file(path)
     counters = [name for name in tensors if name.endswith("num_batches_tracked")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import architectures
 import pytest
-import test_architectures
 import torch
 from merging import assert_same_tensors, hira_config, made, tensors_of
 from test_merge import EXPERTS, gpt_oss
@@ -48,7 +48,7 @@ QUANTISED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 def test_quantised_weights(known, change, found, tmp_path):
     """An adapter on them is refused; one on others merges, and they are copied."""
-    folders = made(tmp_path, test_architectures.llama(), [hira_config("q_proj", "v_proj"), hira_config("v_proj")])
+    folders = made(tmp_path, architectures.llama(), [hira_config("q_proj", "v_proj"), hira_config("v_proj")])
     folders.rewrite(lambda tensors: change(tensors, "model.layers.1.self_attn.q_proj.weight"))
     folders.configure(quantization_config={"quant_method": "some"}, **({} if known else {"model_type": "mystery"}))
     message = (

@@ -250,7 +250,9 @@ def results_of_backward(function, every):
     return [y.detach(), *(t.grad for t in leaves)]
 
 
-@pytest.mark.parametrize("options", [{}, {"update_only": True}, {"dequantize": lambda w: w * 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"update_only": True}, {"dequantize": lambda w: w * 2}], ids=["plain", "update only", "dequantized"]
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_once_for_all_lengths(options, autocast, block_size):
     torch._dynamo.reset()

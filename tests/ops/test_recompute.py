@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import address, kept_for_backward
+from autograd_memory import address, kept_for_backward
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 
@@ -74,7 +74,7 @@ def test_sources_that_changed_are_refused(changed):
     with recomputed(W):
         y = F.linear(x, W.weight)
     tensors[changed].add_(1)
-    with pytest.raises(RuntimeError, match=r"^W' cannot be formed for backward: .* modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"W'.* inplace"):
         y.sum().backward()
 
 

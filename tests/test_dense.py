@@ -1,4 +1,4 @@
-"""How a base weight is read, written and restored; the quantised ways are in test_bnb."""
+"""How a base weight is read, written and restored; the quantised ways are in test_bitsandbytes."""
 
 from __future__ import annotations
 
@@ -120,10 +120,7 @@ def parametrized() -> nn.Module:
 @pytest.mark.parametrize("cls", [Storage, Transposed])
 def test_a_computed_weight_has_no_snapshot(cls, make, name):
     layer = make()
-    message = (
-        rf"^The weight of {name} is computed, not stored, so nothing can be merged into it; remove its parametrization "
-        r"first\.$"
-    )
+    message = rf"\b{name}\b.* parametrization"
     with pytest.raises(HiraError, match=message):
         cls(layer).snapshot()
     assert torch.equal(Storage(layer).read(), layer.weight)

