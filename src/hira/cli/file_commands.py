@@ -23,7 +23,7 @@ from rich.text import Text
 from hira.errors import HiraError
 
 if TYPE_CHECKING:
-    from hira.files.merge import MergeReport
+    from hira.files.merge.merge_checkpoint import MergeReport
 
 
 _HUB = ", or owner/name[@revision] on the hub"
@@ -89,7 +89,7 @@ def merge(
     # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _failing():
-        from hira.files.merge import merge_checkpoint, size_in_bytes
+        from hira.files.merge.merge_checkpoint import merge_checkpoint, size_in_bytes
 
         if weight and len(weight) != len(adapters):
             raise typer.BadParameter(f"{len(weight)} weights for {len(adapters)} adapters", param_hint="--weight")
@@ -133,7 +133,7 @@ def convert(
     A LoRA of some rank cannot hold HiRA's update; what each layer and all of them lose is printed.
     """
     with _failing():
-        from hira.files.convert import contradiction, convert_adapter
+        from hira.files.convert.convert_adapter import contradiction, convert_adapter
 
         if (problem := contradiction(source and source.value, to and to.value, rank, base, fold)) is not None:
             raise typer.BadParameter(problem)
@@ -176,7 +176,8 @@ def inspect(
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
     with _failing():
-        from hira.files import inspection, report_page, report_table
+        from hira.files.inspect import inspect_adapter as inspection
+        from hira.files.inspect import report_page, report_table
 
         report = inspection.inspect_adapter(
             adapter, base, spectra=spectra, any_base=any_base, allow_pickle=allow_pickle
@@ -202,7 +203,7 @@ def inspect(
 def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
     """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
     with _failing():
-        from hira.files import manifest
+        from hira.files.io import manifest
 
         problems = manifest.verify(folder)
         for problem in problems:
@@ -225,7 +226,7 @@ def _failing() -> Iterator[None]:
 
 def _say(line: str, error: bool = False, width: int | None = None) -> None:
     """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
-    from hira.files.printed import printable
+    from hira.files.io.printable import printable
 
     shown = printable(line)
     if width is not None:
@@ -236,7 +237,7 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
 @contextmanager
 def _printable_messages() -> Iterator[None]:
     """Have what other libraries log or warn of printed likewise: they quote what they read."""
-    from hira.files.printed import printable_lines
+    from hira.files.io.printable import printable_lines
 
     class Record(logging.LogRecord):
         def getMessage(self) -> str:
@@ -283,7 +284,7 @@ def _merged(report: MergeReport) -> Iterator[str]:
 
 def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
     """What a LoRA lost of each module, and of all."""
-    from hira.files.printed import printable
+    from hira.files.io.printable import printable
 
     table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)
     table.add_column("module", "all", overflow="fold")
