@@ -17,7 +17,7 @@ from hira import merge_checkpoint
 from hira.files.io import output_file
 from hira.files.io.model_folder import INDEX, SINGLE
 from hira.files.io.safetensors_file import CODES
-from hira.files.merge import contents
+from hira.files.merge import tensors as merge_tensors
 from hira.ops import heuristics, reference
 from hira.ops.effective_weight import form
 
@@ -101,7 +101,7 @@ def changed(tensors, factors, weights, dtype):
 def test_a_merge_is_what_forming_in_memory_gives(tmp_path_factory, model, weights, dtype, limit, in_pieces):
     with pytest.MonkeyPatch.context() as patch:
         if in_pieces:  # tensors of some rows each time, and files of many blocks
-            patch.setattr(contents, "_PART", 24)
+            patch.setattr(merge_tensors, "_PART", 24)
             patch.setattr(heuristics, "block_entries", lambda device: 7)
             patch.setattr(output_file, "BLOCK", 64)
         check(tmp_path_factory, model, weights, dtype, limit)

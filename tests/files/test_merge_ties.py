@@ -18,6 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=T
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def name_of(value):
+    """A function's name, which is the same in every process, unlike its address."""
+    return getattr(value, "__name__", str(value))
+
+
 def untied() -> nn.Module:
     return test_architectures.llama()
 
@@ -27,7 +32,7 @@ def tied() -> nn.Module:
 
 
 @test_tied_weights.every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_shared_weights_are_written_once_for_all_or_apart(make, tied, targets, dtype, tmp_path):
     folders = made(tmp_path, make().to(dtype), [hira_config(*targets), hira_config(targets[0], r=3)])
     report, out = folders.merge()
@@ -42,7 +47,11 @@ def test_shared_weights_are_written_once_for_all_or_apart(make, tied, targets, d
 
 
 @pytest.mark.parametrize("make", [test_tied_weights.t5, test_architectures.bart], ids=["t5", "bart"])
-@pytest.mark.parametrize("options", [{"target_modules": ["shared"]}, {"modules_to_save": ["shared"]}], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["shared"]}, {"modules_to_save": ["shared"]}],
+    ids=name_of,
+)
 def test_the_table_that_the_others_are_tied_to(make, options, tmp_path):
     """Here `save_pretrained` writes less than there is, so the models that load are compared."""
     config = peft.HiraConfig(r=2, **{"target_modules": ["fc1", "wi"], **options})
@@ -51,7 +60,11 @@ def test_the_table_that_the_others_are_tied_to(make, options, tmp_path):
     assert_loads_as_merged(folders, out)
 
 
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["q_proj"]], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "targets",
+    [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["q_proj"]],
+    ids=name_of,
+)
 @pytest.mark.parametrize("present", ["both", "head"])
 def test_files_that_other_programs_wrote(present, targets, tmp_path):
     """Some write tied weights twice, or under the head's name."""
@@ -83,7 +96,7 @@ def test_files_that_other_programs_wrote(present, targets, tmp_path):
         (tied, "model.", ["embed_tokens", "q_proj"]),
         (tied, "model.", ["lm_head"]),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=name_of,
 )
 def test_files_that_name_tensors_as_the_model_without_its_head(make, prefix, targets, tmp_path):
     """As those of GPT-2 on the hub do."""
@@ -122,7 +135,7 @@ def test_a_base_without_the_head_that_its_embedding_is_tied_to(options, tmp_path
         (["q_proj", "embed_tokens"], ["lm_head"]),
         (["q_proj", "lm_head"], ["embed_tokens"]),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=name_of,
 )
 @pytest.mark.parametrize("make", [tied, untied])
 def test_parameters_that_an_adapter_brings_whole(make, targets, saved, tmp_path):

@@ -24,9 +24,8 @@ from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
 from hira.files.io.safetensors_file import header_bytes
-from hira.files.merge.changed import Options, Rounding
-from hira.files.merge.contents import Workers
-from hira.files.merge.plan import Plan, plan_of
+from hira.files.merge.plan import Options, Plan, Rounding, plan_merge
+from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import CONFIG, Parameters
 from hira.files.model.provenance import MERGED, check_base, merge_record
 from hira.files.model.targets import changes_of
@@ -145,7 +144,7 @@ def merge_checkpoint(
         about={MERGED: merge_record(model, found)},
     )
     output.check_target()
-    plan = plan_of(parameters, changes_of(parameters, found, factors), options)
+    plan = plan_merge(parameters, changes_of(parameters, found, factors), options)
     for adapter in found:
         adapter.check_finite()
     others = sum(model.file(name).stat().st_size for name in model.other_files)
@@ -195,7 +194,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
                 with output.create(shard.name) as file:
                     file.write(header_bytes((tensor.entry for tensor in shard.tensors), shard.metadata or None))
                     start = file.size
-                    for data in workers.made(part for tensor in shard.tensors for part in tensor.content.parts()):
+                    for data in workers.made(part for tensor in shard.tensors for part in tensor.parts()):
                         file.write(data)
                         advance(len(data))
                     if file.size - start != shard.nbytes:

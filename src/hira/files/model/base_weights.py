@@ -51,7 +51,7 @@ class BaseWeights:
         new = self._changes.replaced.get(target.name)  # a resized embedding comes with its adapter
         matrix = self._parameters.matrices(target.name, stacked=False)[0] if new is None else new.matrix()
         shape = self._parameters.shape(target.name) if new is None else new.shape
-        W0 = matrix.read(slice(None)).reshape(shape)
+        W0 = matrix.read(slice(None), None).reshape(shape)
         # which side of a square matrix is its inputs is known from the architecture; see `matrices`
         assumed = bool(self._adapter.config.get("fan_in_fan_out"))
         is_square = factors.kind == "matrix" and W0.shape == W0.shape[::-1]

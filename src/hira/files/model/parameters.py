@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,73 +65,26 @@ class Location(NamedTuple):
     stacked: bool = False
 
 
-class Fetch(Protocol):
-    """Gives some rows of a matrix."""
-
-    def __call__(self, rows: slice, *, memory: Memory | None = None) -> Tensor:
-        """Return them, in new memory or in what `memory` gives."""
-        ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a matrix that are read when they are needed.
-
-    Args:
-        fetch: gives some rows of the whole matrix, in memory that it is told to take or in other.
-        start: the first of these rows.
-        count: how many there are.
-        columns: the number of columns.
-        dtype: that of the entries.
-    """
-
-    fetch: Fetch
-    start: int
-    count: int
-    columns: int
-    dtype: torch.dtype
-
-    def read(self, start: int, stop: int, memory: Memory | None = None) -> Tensor:
-        """Return some of these rows, counted from the first."""
-        return self.fetch(slice(self.start + start, self.start + stop), memory=memory)
-
-
 @dataclass(frozen=True)
 class StoredMatrix:
     """A matrix whose rows are read when they are needed.
 
     Args:
-        parts: rows that follow one another.
+        rows: the number of its rows.
+        columns: the number of its columns.
+        dtype: the dtype of its entries.
+        read: returns the rows of a slice, in the memory that its second argument gives, or in new memory for None.
     """
 
-    parts: tuple[Rows, ...]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Its rows and columns, as they are stored."""
-        return sum(part.count for part in self.parts), self.parts[0].columns
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of its entries."""
-        return self.parts[0].dtype
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    read: Callable[[slice, Memory | None], Tensor]
 
     def row_blocks(self, nbytes: int) -> Iterator[slice]:
-        """Split the rows so that some of them take at most so many bytes, or are one."""
-        rows, columns = self.shape
-        step = max(1, nbytes // max(columns * self.dtype.itemsize, 1))
-        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-    def read(self, rows: slice, memory: Memory | None = None) -> Tensor:
-        """Return some rows, in new memory, or in what `memory` gives where they are of one part."""
-        start, stop, _ = rows.indices(self.shape[0])
-        found, first = [], 0
-        for part in self.parts:
-            begin, end = max(start - first, 0), min(stop - first, part.count)
-            if begin < end:
-                found.append(part.read(begin, end, memory if end - begin == stop - start else None))
-            first += part.count
-        return found[0] if len(found) == 1 else torch.cat(found)
+        """Split the rows into blocks of at most so many bytes, or of a single row."""
+        step = max(1, nbytes // max(self.columns * self.dtype.itemsize, 1))
+        return (slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
 
 
 class Parameters:
@@ -239,14 +192,13 @@ class Parameters:
 
     def matrices(self, name: str, stacked: bool) -> list[StoredMatrix]:
         """A parameter as the matrices that it stacks, or as one with all but the first dimension flattened."""
-        if self.location(name).stacked:
-            return [StoredMatrix(tuple(map(self._whole, parts))) for parts in self.location(name).tensors]
-        ((tensor,),) = self.location(name).tensors
-        return matrices_of(*self.folder.tensors[tensor], stacked)
-
-    def _whole(self, tensor: str) -> Rows:
-        ((rows,),) = (matrix.parts for matrix in matrices_of(*self.folder.tensors[tensor], False))
-        return rows
+        if not self.location(name).stacked:
+            ((tensor,),) = self.location(name).tensors
+            return matrices_of(*self.folder.tensors[tensor], stacked)
+        return [
+            _joined([matrices_of(*self.folder.tensors[part])[0] for part in parts])
+            for parts in self.location(name).tensors
+        ]
 
 
 def matrices_of(header: Header, entry: TensorEntry, stacked: bool = False) -> list[StoredMatrix]:
@@ -254,5 +206,26 @@ def matrices_of(header: Header, entry: TensorEntry, stacked: bool = False) -> li
     shape = entry.shape or (1,)
     count, rows = shape[:2] if stacked else (1, shape[0])
     columns = prod(shape[1 + stacked :])
-    fetch = partial(read_tensor, header, entry.name, shape=(count * rows, columns))
-    return [StoredMatrix((Rows(fetch, e * rows, rows, columns, entry.dtype),)) for e in range(count)]
+
+    def read(first: int, chosen: slice, memory: Memory | None) -> Tensor:
+        start, stop, _ = chosen.indices(rows)
+        return read_tensor(header, entry.name, slice(first + start, first + stop), (count * rows, columns), memory)
+
+    return [StoredMatrix(rows, columns, entry.dtype, partial(read, i * rows)) for i in range(count)]
+
+
+def _joined(parts: list[StoredMatrix]) -> StoredMatrix:
+    """The matrix whose rows are those of some matrices, one after another."""
+    total = sum(part.rows for part in parts)
+
+    def read(chosen: slice, memory: Memory | None) -> Tensor:
+        start, stop, _ = chosen.indices(total)
+        found, first = [], 0
+        for part in parts:
+            begin, end = max(start - first, 0), min(stop - first, part.rows)
+            if begin < end:
+                found.append(part.read(slice(begin, end), memory if end - begin == stop - start else None))
+            first += part.rows
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    return StoredMatrix(total, parts[0].columns, parts[0].dtype, read)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter, Factors, TensorFile, dtypes_and_shapes, stacked
-from hira.files.model.parameters import IN_MEMORY, Parameters, Rows, StoredMatrix, matrices_of
+from hira.files.model.parameters import IN_MEMORY, Parameters, StoredMatrix, matrices_of
 from hira.files.model.quantisation import check_real
 
 _BLOCK = 16 << 20
@@ -77,14 +77,14 @@ class Replaced(NamedTuple):
             (matrix,) = matrices_of(tensors.header, tensors.header.entry(self.key))
             return matrix
         whole = tensors[self.key].reshape(self.shape[0] if self.shape else 1, -1)
-        return StoredMatrix((Rows(lambda rows, memory=None: whole[rows], 0, len(whole), whole.shape[1], whole.dtype),))
+        return StoredMatrix(len(whole), whole.shape[1], whole.dtype, lambda rows, memory: whole[rows])
 
     def equals(self, other: Replaced) -> bool:
         """Whether another adapter brings the same."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
         first, second = self.matrix(), other.matrix()
-        return all(torch.equal(first.read(rows), second.read(rows)) for rows in first.row_blocks(_BLOCK))
+        return all(torch.equal(first.read(rows, None), second.read(rows, None)) for rows in first.row_blocks(_BLOCK))
 
 
 class Changes(NamedTuple):

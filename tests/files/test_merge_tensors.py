@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from hira.files.merge.contents import Workers
+from hira.files.merge.tensors import Workers
 from hira.ops import heuristics
 from hira.ops.workspace import scratch
 
