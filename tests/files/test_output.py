@@ -15,7 +15,6 @@ import pytest
 
 from hira.errors import HiraError
 from hira.files.io import output_folder as output_module
-from hira.files.io import system as swap
 from hira.files.io.manifest import MANIFEST, STATE, verify
 from hira.files.io.output_folder import Output
 
@@ -66,10 +65,7 @@ def test_verify_names_what_is_wrong(tmp_path):
         verify(target)
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_overwriting(tmp_path, monkeypatch, can_exchange):
-    if not can_exchange:
-        monkeypatch.setattr(output_module, "exchange", lambda first, second: False)
+def test_overwriting(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
@@ -86,17 +82,8 @@ def test_overwriting(tmp_path, monkeypatch, can_exchange):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_folders_exchange_here(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    assert swap.exchange(tmp_path / "a", tmp_path / "b")
-    assert os.listdir(tmp_path / "a") == ["b"]
-    assert not swap.exchange(tmp_path / "a", tmp_path / "absent")
-
-
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
-    """As a kill between the two renames leaves it where folders cannot be exchanged."""
+    """As a kill between the two renames leaves it."""
     (tmp_path / ".out.hira-old").mkdir()
     (tmp_path / ".out.hira-old/old").touch()
     with pytest.raises(HiraError, match="not empty"), Output(tmp_path / "out"):
@@ -197,11 +184,8 @@ def write(target, name, **options):
 
 
 @pytest.mark.parametrize("spelling", ["absolute", "link", "relative"])
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_second_writer_loses_nothing_at_any_moment(tmp_path, monkeypatch, spelling, can_exchange):
+def test_a_second_writer_loses_nothing_at_any_moment(tmp_path, monkeypatch, spelling):
     """One that comes between any two steps of the first, whatever it calls the folder, is refused."""
-    if not can_exchange:
-        monkeypatch.setattr(output_module, "exchange", lambda first, second: False)
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     other = {"absolute": tmp_path / "out", "link": tmp_path / "link" / "out", "relative": "./out"}[spelling]

@@ -1,4 +1,4 @@
-"""An output folder that is there whole or not at all, and that an interrupted run can go on with."""
+"""An output folder that is complete or absent, and that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hira.files.io.manifest import MANIFEST, STATE, FileRecord, check_relative, 
 from hira.files.io.manifest import records_to_json as to_json
 from hira.files.io.output_file import BLOCK, OutputFile, Threads
 from hira.files.io.strict_json import read_object
-from hira.files.io.system import exchange, explained, locked, sync
+from hira.files.io.system import explained, locked, sync
 
 PathLike = str | os.PathLike[str]
 
 
 class Output:
-    """Writes a folder beside its target, and puts it there, by one rename, when the `with` block ends well.
+    """Writes a folder beside its target, and renames it to the target when the `with` block ends without an error.
 
-    Files get the permissions of any new file. With them goes `hira-manifest.json`, which `manifest.verify` checks. When
-    the block fails, or the process is killed, the target is as it was; files that were finished for a `job` are kept,
-    and `resumed` finds them when the same job runs again.
+    Files get the permissions of any new file. The folder gets a `hira-manifest.json`, which `manifest.verify` checks.
+    When the block fails, or the process is killed, the target is as it was; the finished files of a `job` are kept, and
+    `resumed` finds them when the same job runs again.
 
     Args:
         target: the folder to make.
@@ -147,8 +147,6 @@ class Output:
             if size is not None and file.size != size:
                 raise HiraError(f"{source} had {size} bytes and now has {file.size}; leave it alone while it is read.")
 
-    # Before
-
     def free_bytes(self) -> int:
         """What is free on the disk of the target."""
         there = next(folder for folder in (self.target, *self.target.parents) if folder.is_dir())
@@ -220,8 +218,6 @@ class Output:
             and (self.staging / name).stat().st_size == record.size
         }
 
-    # After
-
     def _commit(self) -> None:
         """Complete the folder, have it on the disk, and put it in its place."""
         state, manifest = self.staging / STATE, self.staging / MANIFEST
@@ -245,11 +241,7 @@ class Output:
         if not self.target.exists():
             self.staging.rename(self.target)
             return
-        if exchange(self.staging, self.target):
-            sync(self.target.parent)
-            shutil.rmtree(self.staging)
-            return
-        self.target.rename(self._old)
+        self.target.rename(self._old)  # `_recover` undoes this if the process is killed before the next line
         self.staging.rename(self.target)
         sync(self.target.parent)
         shutil.rmtree(self._old)

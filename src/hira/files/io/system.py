@@ -1,8 +1,7 @@
-"""What an output folder asks of the operating system: a lock, data on the disk, two folders exchanged at once."""
+"""What an output folder needs of the operating system: a lock, and data that is on the disk."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from hira.errors import HiraError
 
 if sys.platform != "win32":
     import fcntl
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 @contextmanager
@@ -31,8 +28,8 @@ def explained(path: Path, hint: str = "") -> Iterator[None]:
 def locked(target: Path) -> Iterator[None]:
     """Keep other writers of a folder out; the system lifts the lock when the process ends, however it does.
 
-    The lock is on a file beside the folder. It is never renamed, so it holds until the folder is exchanged and what was
-    there before is removed.
+    The lock is on a file beside the folder. It is never renamed, so it holds until the folder is in its place and what
+    was there before is removed.
 
     Raises:
         HiraError: another process, or another thread of this one, has it.
@@ -84,14 +81,3 @@ def start_writing(descriptor: int) -> None:
     """Have the system write a file's data to the disk from now on, not all of it when it is synchronised."""
     if sys.platform.startswith("linux"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders of one file system in one step; False where the system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    status = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    return bool(status == 0)
