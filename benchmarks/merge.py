@@ -39,7 +39,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import hira
-from hira.files.header import TensorEntry, entry_of, header_bytes, in_safetensors_order, read_header, tensor_bytes
+from hira.files.io.safetensors_file import (
+    TensorEntry,
+    entry_of,
+    header_bytes,
+    in_safetensors_order,
+    read_header,
+    tensor_bytes,
+)
 
 CP, HIRA, PEFT = "cp -r", "hira merge", "PEFT's HiRA"
 RESULTS = Path(__file__).parent / "results" / "merge.json"

@@ -15,10 +15,10 @@ from hira.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hira.config import HiraConfig
-    from hira.files.convert import convert_adapter
-    from hira.files.inspection import inspect_adapter
-    from hira.files.manifest import verify as verify_folder
-    from hira.files.merge import merge_checkpoint
+    from hira.files.convert.convert_adapter import convert_adapter
+    from hira.files.inspect.inspect_adapter import inspect_adapter
+    from hira.files.io.manifest import verify as verify_folder
+    from hira.files.merge.merge_checkpoint import merge_checkpoint
     from hira.layers.attention import MultiheadAttention
     from hira.layers.base import HiraLayer
     from hira.layers.bitsandbytes import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
@@ -43,17 +43,17 @@ _HOMES = {
     "Linear8bitLt": "hira.layers.bitsandbytes",
     "MultiheadAttention": "hira.layers.attention",
     "ParamWrapper": "hira.layers.experts",
-    "convert_adapter": "hira.files.convert",
+    "convert_adapter": "hira.files.convert.convert_adapter",
     "dispatch_bnb_4bit": "hira.layers.bitsandbytes",
     "dispatch_bnb_8bit": "hira.layers.bitsandbytes",
     "dispatch_default": "hira.layers.dispatch",
     "inference_cache": "hira.layers.inference_cache",
-    "inspect_adapter": "hira.files.inspection",
+    "inspect_adapter": "hira.files.inspect.inspect_adapter",
     "is_registered": "hira.peft_integration.registration",
-    "merge_checkpoint": "hira.files.merge",
+    "merge_checkpoint": "hira.files.merge.merge_checkpoint",
     "register": "hira.peft_integration.registration",
     "unregister": "hira.peft_integration.registration",
-    "verify_folder": "hira.files.manifest",
+    "verify_folder": "hira.files.io.manifest",
 }
 __all__ = [
     "Conv1d",

@@ -23,12 +23,13 @@ from rich.text import Text
 from hira.errors import HiraError
 
 if TYPE_CHECKING:
-    from hira.files.merge import MergeReport
+    from hira.files.merge.merge_checkpoint import MergeReport
 
 
 _HUB = ", or owner/name[@revision] on the hub"
 AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Do it although an adapter is of another model, or merged already.")
+    bool,
+    typer.Option("--any-base", help="Go on although the adapter was trained on another model, or is merged already."),
 ]
 
 
@@ -65,31 +66,38 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"The folders of adapters{_HUB}.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
     weight: Annotated[
-        list[float] | None, typer.Option(help="What an adapter's BA is multiplied by; once for each adapter.")
+        list[float] | None, typer.Option(help="A factor for BA, passed once for each adapter; the default is 1.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="That of all floating-point tensors; their own by default.")
+        Dtype | None, typer.Option(help="The dtype of the merged weights; by default each tensor keeps its dtype.")
     ] = None,
     rounding: Annotated[
         Rounding | None,
-        typer.Option(help="To a half precision; with a dither by default, where the base model is in one too."),
+        typer.Option(
+            help="How to round to half precision; the default is a dither if the base model is in half precision."
+        ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of a file, such as 5GB; by default files stay what they are.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="The largest file to write, such as 5GB; by default the base model's files are kept."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
+    ] = False,
 ) -> None:
     """Merge adapters into a model on the disk, W' = W0 * (1 + BA), without loading it.
 
-    OUT is there whole or not at all. The same command goes on with what an interrupted one had finished.
+    OUT is written completely or not at all. After an interruption, the same command resumes.
     """
     # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _failing():
-        from hira.files.merge import merge_checkpoint, size_in_bytes
+        from hira.files.merge.merge_checkpoint import merge_checkpoint, size_in_bytes
 
         if weight and len(weight) != len(adapters):
             raise typer.BadParameter(f"{len(weight)} weights for {len(adapters)} adapters", param_hint="--weight")
@@ -117,23 +125,27 @@ def merge(
 def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
-    source: Annotated[Source | None, typer.Option("--from", help="It is of the paper's repository.")] = None,
-    to: Annotated[Form | None, typer.Option("--to", help="Approximate it by a LoRA, which loses.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="The LoRA's rank.")] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on, for a LoRA.")
+    source: Annotated[
+        Source | None, typer.Option("--from", help="The adapter was saved by the HiRA paper's repository.")
     ] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="Leave nothing that PEFT's own HiRA does not know.")] = False,
+    to: Annotated[
+        Form | None, typer.Option("--to", help="Approximate the adapter by a LoRA; part of the update is lost.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="The LoRA's rank.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="FOLDER", help="The base model, which a LoRA needs.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Write an adapter that PEFT's own HiRA can load.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
+    ] = False,
 ) -> None:
     """Write an adapter in another form: from the paper's repository, as a LoRA, or for PEFT's own HiRA.
 
-    A LoRA of some rank cannot hold HiRA's update; what each layer and all of them lose is printed.
+    A LoRA cannot hold all of HiRA's update; the command prints how much each layer loses.
     """
     with _failing():
-        from hira.files.convert import contradiction, convert_adapter
+        from hira.files.convert.convert_adapter import contradiction, convert_adapter
 
         if (problem := contradiction(source and source.value, to and to.value, rank, base, fold)) is not None:
             raise typer.BadParameter(problem)
@@ -161,13 +173,21 @@ def convert(
 
 def inspect(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
-    base: Annotated[str | None, typer.Option(metavar="FOLDER", help="The model that it was trained on.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The base model that the adapter was trained on.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it here.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures here.")] = None,
-    spectra: Annotated[bool, typer.Option(help="Find singular values of W0 and of the update.")] = True,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw a map of the layers to this file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with a map and spectra to this file.")
+    ] = None,
+    spectra: Annotated[bool, typer.Option(help="Compute the singular values of W0 and of the update.")] = True,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, if need be.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
+    ] = False,
 ) -> None:
     """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
     if plot is not None and find_spec("matplotlib") is None:
@@ -176,7 +196,8 @@ def inspect(
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
     with _failing():
-        from hira.files import inspection, report_page, report_table
+        from hira.files.inspect import inspect_adapter as inspection
+        from hira.files.inspect import report_page, report_table
 
         report = inspection.inspect_adapter(
             adapter, base, spectra=spectra, any_base=any_base, allow_pickle=allow_pickle
@@ -202,13 +223,13 @@ def inspect(
 def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
     """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
     with _failing():
-        from hira.files import manifest
+        from hira.files.io import manifest
 
         problems = manifest.verify(folder)
         for problem in problems:
             _say(problem, error=True)
         if not problems:
-            _say(f"{folder}: every file is what it was when hira wrote it")
+            _say(f"{folder}: every file matches the manifest")
     raise typer.Exit(1 if problems else 0)
 
 
@@ -225,7 +246,7 @@ def _failing() -> Iterator[None]:
 
 def _say(line: str, error: bool = False, width: int | None = None) -> None:
     """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
-    from hira.files.printed import printable
+    from hira.files.io.printable import printable
 
     shown = printable(line)
     if width is not None:
@@ -236,7 +257,7 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
 @contextmanager
 def _printable_messages() -> Iterator[None]:
     """Have what other libraries log or warn of printed likewise: they quote what they read."""
-    from hira.files.printed import printable_lines
+    from hira.files.io.printable import printable_lines
 
     class Record(logging.LogRecord):
         def getMessage(self) -> str:
@@ -283,7 +304,7 @@ def _merged(report: MergeReport) -> Iterator[str]:
 
 def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
     """What a LoRA lost of each module, and of all."""
-    from hira.files.printed import printable
+    from hira.files.io.printable import printable
 
     table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)
     table.add_column("module", "all", overflow="fold")

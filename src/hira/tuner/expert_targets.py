@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hira.config import rank_of
 from hira.errors import HiraError
-from hira.files.adapter import plain_name
-from hira.files.architecture import Architecture
+from hira.files.io.adapter_folder import plain_name
+from hira.files.model.architecture import Architecture
 
 # by a parameter's name, for each module that it holds the weights of, the names by which that may be targeted
 OldNames = Mapping[str, list[tuple[str, ...]]]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hira.base_weights import offloaded
 from hira.config import check_config, rank_of
 from hira.errors import HiraError
-from hira.files.adapter import plain_name
+from hira.files.io.adapter_folder import plain_name
 from hira.layers.attention import check_not_offloaded
 from hira.layers.base import BASE, adapters_of_rows
 from hira.layers.dispatch import dispatch

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
-from hira.files.adapter import PREFIX, plain_name, stacked
-from hira.files.architecture import Architecture
+from hira.files.io.adapter_folder import PREFIX, plain_name, stacked
+from hira.files.model.architecture import Architecture
 from hira.layers.experts import ParamWrapper
 from hira.layers.linear import HiraLayer
 

@@ -1,0 +1,300 @@
+"""Adapters of other forms: from the paper's repository, into LoRA, and into what PEFT's own HiRA computes alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hira.errors import HiraError
+from hira.files.inspect.inspect_adapter import MAX_DIM, check_adapter
+from hira.files.io.adapter_folder import PREFIX, not_hira
+from hira.files.io.safetensors_file import all_finite
+from hira.files.model.layer_matrices import Factors, Matrices, matrices, pairs
+
+Content = tuple[dict[str, Any], dict[str, Tensor]]
+
+# what both methods know, and mean the same by
+_SHARED = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+)
+
+# a relative error of LoRA's float32 tensors at full rank is some 1e-7
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the LoRA of a layer is from its HiRA, ``||W0 * BA - L|| / ||W0 * BA||``; 0 where the update is zero."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What the conversion into LoRA lost.
+
+    Args:
+        rank: LoRA's rank.
+        layers: the error of each layer.
+        relative_error: ``sqrt(sum ||W0 * BA - L||^2 / sum ||W0 * BA||^2)`` over the layers.
+        statement: the same in a sentence.
+    """
+
+    rank: int
+    layers: tuple[LayerError, ...]
+    relative_error: float
+    statement: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return asdict(self)
+
+
+def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
+    """Turn an adapter of the paper's repository into one of PEFT's format.
+
+    Its A and B are HiRA's under LoRA's names; its alpha, scale and dropout were never applied. It adapts modules by the
+    ends of their names, where PEFT wants whole parts of them; others are named in full.
+
+    Args:
+        config: its adapter_config.json, of type LORA with `r_ab`.
+        tensors: its tensors, ``base_model.model.<module>.lora_A`` and ``lora_B``: (r, in) and (out, r).
+
+    Returns:
+        The configuration and the tensors of a HiRA adapter; the tensors are the same objects.
+
+    Raises:
+        HiraError: it is an adapter of another method or of PEFT's LoRA, trains biases, has tensors of unknown names or
+            of another rank than `r_ab`.
+
+    Source: the format of the repository of HiRA (ICLR 2025).
+    """
+    other = [key for key in tensors if {"lora_R", "rand_R"} & set(key.split("."))]
+    if other or config.get("rand_R"):
+        what = repr(other[0]) if other else "rand_R in its configuration"
+        raise HiraError(f"The adapter has {what}: it was trained with another method than HiRA.")
+    rank = config.get("r_ab")
+    if config.get("peft_type") == "HIRA":
+        raise HiraError("The adapter has peft_type 'HIRA': it is one of PEFT's already; leave out --from original.")
+    if config.get("peft_type") != "LORA" or "r" in config:
+        raise HiraError(f"The adapter is not of the HiRA paper's repository: it has {not_hira(config)}")
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise HiraError(f"The configuration has r_ab {rank!r}; the paper's repository writes a whole number.")
+    if config.get("bias", "none") != "none":
+        raise HiraError(f"The adapter trained biases (bias={config['bias']!r}), which HiRA in PEFT does not have.")
+    saved = list(config.get("modules_to_save") or ())
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        module, _, ending = key.rpartition(".")
+        if ending in ("lora_A", "lora_B"):
+            key = f"{module}.hira_{ending[-1]}"
+        elif "lora_" in key or not set(saved) & set(module.split(".")):
+            raise HiraError(
+                f"The adapter has {key!r}; expected '<module>.lora_A', '<module>.lora_B' and the modules_to_save "
+                f"{saved}. It is no checkpoint of the paper's repository: leave out --from original."
+            )
+        renamed[key] = value
+    factors = _factors(config, renamed)[0]
+    for module, (A, B, _) in factors.items():
+        if A.dim() != 2 or len(A) != rank:
+            raise HiraError(
+                f"Module {module!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, but r_ab is {rank}: the tensors "
+                "and the configuration are of two adapters."
+            )
+    names = _targets(config.get("target_modules"), list(factors))
+    return {**_shared(config), "peft_type": "HIRA", "r": rank, "hira_dropout": 0.0, "target_modules": names}, renamed
+
+
+@torch.no_grad()
+def to_lora(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weight_of: Callable[[str], Tensor | None],
+    rank: int,
+) -> tuple[dict[str, Any], dict[str, Tensor], LoraReport]:
+    """Approximate a HiRA adapter by a LoRA adapter of some rank; this loses what is beyond that rank.
+
+    Equation: ``L = sum_{k <= rank} s_k u_k v_k^T`` for ``U = W0 * BA = sum_k s_k u_k v_k^T``, the best approximation of
+    that rank, as ``B = [sqrt(s_k) u_k]`` and ``A = [sqrt(s_k) v_k^T]`` with a scale of 1.
+
+    The singular vectors of the shorter side are eigenvectors of ``U^T U`` in float64, the others U times these; U is
+    never whole. A layer of which a side is below the rank has zeros in what is left of its A and B.
+
+    Args:
+        config: the HiRA adapter's configuration.
+        tensors: its tensors; those of `modules_to_save` are handed on.
+        weight_of: gives a module's base weight as it is stored; see `inspect`.
+        rank: LoRA's rank.
+
+    Returns:
+        LoRA's configuration and tensors (float32, by the keys of PEFT's checkpoints), and what was lost: errors are
+        measured on these tensors.
+
+    Raises:
+        HiraError: the rank is not a positive integer, a base weight is missing or does not fit, a layer's shorter side
+            is above 8192, or the adapter is broken, has `target_parameters` or adapts the output projection of
+            `nn.MultiheadAttention`, whose update PEFT's LoRA would add twice. Grouped convolutions convert, but PEFT's
+            LoRA has another layout for them and refuses to load it.
+
+    Cost: for m rows and n <= m columns, 2 m n^2 and some 20 n^3, and memory for two matrices of n x n.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise HiraError(f"The rank of the LoRA should be a positive integer, but is {rank!r}.")
+    factors, others = _factors(config, tensors)
+    _check_attention(factors, "where PEFT's LoRA adds an output projection's update twice (0.21)")
+    converted, layers, lost, total = dict(others), [], 0.0, 0.0
+    for module, pair in factors.items():
+        W0 = weight_of(module)
+        if W0 is None:
+            raise HiraError(f"The base model has no weight for module {module!r}; LoRA needs it.")
+        laid_out = matrices(module, pair, W0, bool(config.get("fan_in_fan_out")))
+        left, right = _truncated(module, laid_out, rank)
+        squares = _error(laid_out, left, right)
+        layers.append(LayerError(module, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0))
+        lost, total = lost + squares[0], total + squares[1]
+        converted.update(_lora_tensors(module, pair, laid_out, left, right))
+        del W0, laid_out
+    overall = math.sqrt(lost / total) if total else 0.0
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
+    lost_share = f"{overall:.2%} of its norm is lost over all layers"
+    statement = (
+        f"A LoRA of rank {rank} cannot hold HiRA's update, which has a high rank: {lost_share}. Its outputs are not "
+        "the adapter's; use the merged model where they have to be."
+        if overall > _ROUNDING
+        else f"A LoRA of rank {rank} holds all of this update but for rounding: {lost_share}."
+    )
+    return {**_shared(config), **settings}, converted, LoraReport(rank, tuple(layers), overall, statement)
+
+
+def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
+    """Write an adapter so that PEFT's own HiRA loads it and computes the same.
+
+    `weight_gradient` goes, since what an adapter computes does not depend on it. PEFT up to 0.21 ignores `rank_pattern`
+    for a model's first adapter, so factors of several ranks get zeros up to the largest: ``[B 0] [A; 0] = BA``.
+
+    Args:
+        config: the adapter's configuration.
+        tensors: its tensors.
+
+    Returns:
+        The configuration and the tensors; those that need no change are the same objects.
+
+    Raises:
+        HiraError: the adapter has `target_parameters`, adapts the output projection of `nn.MultiheadAttention`, which
+            PEFT's HiRA does not have, or is broken. That other modules are attention, grouped convolutions or quantised
+            by others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
+    """
+    factors, others = _factors(config, tensors)
+    _check_attention(factors, "which PEFT's own HiRA does not adapt")
+    ranks = {len(A) for A, _, _ in factors.values()}
+    folded = {key: value for key, value in config.items() if key not in ("weight_gradient", "target_parameters")}
+    if len(ranks) == 1 and not config.get("rank_pattern") and ranks == {config.get("r")}:
+        return folded, dict(tensors)
+    written, rank = dict(others), max(ranks)
+    for module, (A, B, kind) in factors.items():
+        names = ("hira_embedding_A", "hira_embedding_B") if kind == "embedding" else ("hira_A", "hira_B")
+        more = rank - len(A)
+        padded = (A, B)
+        if more:
+            padded = (
+                torch.cat([A, A.new_zeros(more, *A.shape[1:])]),
+                torch.cat([B, B.new_zeros(len(B), more, *B.shape[2:])], 1),
+            )
+        written.update({f"{PREFIX}{module}.{name}": value for name, value in zip(names, padded, strict=True)})
+    return {**folded, "r": rank, "rank_pattern": {}}, written
+
+
+def _targets(found: Any, modules: list[str]) -> str | list[str]:
+    """The paper's `target_modules` for PEFT: a list names all modules by whole parts, without spaces."""
+    if isinstance(found, str):
+        return found.strip()
+    names = [str(name).strip() for name in found or ()]
+    return names + [module for module in modules if not any(f".{module}".endswith(f".{name}") for name in names)]
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in _SHARED if name in config}
+
+
+def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    factors, others = pairs(tensors)
+    check_adapter(config)
+    return factors, others
+
+
+def _check_attention(factors: Mapping[str, Factors], why: str) -> None:
+    nested = [module for module in factors if ".base_layer." in module]
+    if nested:
+        raise HiraError(
+            f"Module {nested[0]!r} is inside nn.MultiheadAttention, {why}; merge the adapter into the model with "
+            "`hira merge` instead."
+        )
+
+
+def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors (rows, rank) and (rank, columns) of W0 * BA, in float32."""
+    rows, columns = len(pair.left), pair.right.shape[1]
+    if columns > MAX_DIM:
+        raise HiraError(
+            f"Module {module!r} is {rows} x {columns}; singular vectors are found up to a shorter side of {MAX_DIM}. "
+            "Merge the adapter with `hira merge` instead."
+        )
+    gram = pair.left.new_zeros(columns, columns, dtype=torch.float64)
+    for _, weight, delta in pair.blocks():
+        assert weight is not None
+        update = weight * delta
+        gram.addmm_(update.t(), update)
+    if not bool(gram.isfinite().all()):
+        raise HiraError(
+            f"The update of module {module!r} is too large to be approximated. The training diverged, or the file is "
+            "damaged; use an earlier checkpoint of the adapter."
+        )
+    squares, vectors = torch.linalg.eigh(gram)
+    kept = min(rank, columns)
+    vectors, roots = vectors.flip(1)[:, :kept], squares.flip(0)[:kept].clamp(min=0).pow(0.25)
+    # directions with nothing in them but rounding have no left vector
+    inverse = torch.where(roots > 1e-6 * roots[0], 1 / roots, 0.0)
+    left, right = vectors.new_zeros(rows, rank), vectors.new_zeros(rank, columns)
+    right[:kept] = (vectors * roots).t()
+    for where, weight, delta in pair.blocks():
+        assert weight is not None
+        left[where, :kept] = (weight * delta) @ (vectors * inverse)
+    factors = left.float(), right.float()
+    if not all(map(all_finite, factors)):
+        raise HiraError(f"The LoRA of module {module!r} has numbers beyond float32; use an earlier checkpoint.")
+    return factors
+
+
+def _error(pair: Matrices, left: Tensor, right: Tensor) -> tuple[float, float]:
+    """The squared norms of W0 * BA - left right and of W0 * BA."""
+    lost = total = 0.0
+    for where, weight, delta in pair.blocks():
+        assert weight is not None
+        update = weight * delta
+        total += float(update.square().sum())
+        lost += float((update - left[where].double() @ right.double()).square().sum())
+    return lost, total
+
+
+def _lora_tensors(module: str, factors: Factors, pair: Matrices, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """Of L as left right, PEFT's tensors of LoRA."""
+    if pair.transposed:
+        left, right = right.t(), left.t()
+    A, B, kind = factors
+    key, rank = f"{PREFIX}{module}", len(right)
+    if kind == "embedding":  # (num, r) and (r, dim), of which PEFT keeps the transposes
+        return {
+            f"{key}.lora_embedding_A": left.t().contiguous(),
+            f"{key}.lora_embedding_B": right.t().contiguous(),
+        }
+    return {
+        f"{key}.lora_A.weight": right.reshape(rank, *A.shape[1:]).contiguous(),
+        f"{key}.lora_B.weight": left.reshape(len(B), rank, *B.shape[2:]).contiguous(),
+    }

@@ -1,0 +1,418 @@
+"""What a merged model will consist of: the tensors of each file, what their bytes are made of, and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import chain
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hira.errors import HiraError
+from hira.files.io.adapter_folder import FLOATS, TensorFile
+from hira.files.io.model_card import dtype_name
+from hira.files.io.recognise import SINGLE
+from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, in_safetensors_order
+from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, merged_parts
+from hira.files.model.parameters import IN_MEMORY, Location, Parameters, StoredMatrix, matrices_of
+from hira.files.model.quantisation import REAL
+from hira.files.model.targets import Changes, Replaced, Target
+from hira.ops.heuristics import HALF
+
+Rounding = Literal["nearest", "dither"]
+
+
+class Options(NamedTuple):
+    """How a merged model is to be written.
+
+    Args:
+        dtype: that of all floating-point tensors; None to leave each as it is.
+        rounding: how W' is rounded to a half precision; None to do as the layers do.
+        max_shard_size: the most bytes of tensors in a file; None to keep the base model's shards.
+    """
+
+    dtype: torch.dtype | None = None
+    rounding: Rounding | None = None
+    max_shard_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file that is to be written.
+
+    Args:
+        name: its name.
+        tensors: its tensors, in the order of their bytes.
+        metadata: what its `__metadata__` says.
+        source: the file that it is a copy of, if all of it is.
+    """
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: dict[str, str]
+    source: Header | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(tensor.entry.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merged model before it is written.
+
+    Args:
+        shards: its files of weights.
+        index: what the index of the shards says; None for a single file.
+        config: what `config.json` says, where it differs from the base model's; else None.
+        merged: the names in the files of the tensors with W'.
+        replaced: those that an adapter brings whole.
+        added: those that the base model's files lack.
+        notes: what a user should know.
+    """
+
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+    config: dict[str, Any] | None
+    merged: tuple[str, ...]
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def plan_merge(parameters: Parameters, changes: Changes, options: Options) -> Plan:
+    """Plan a merged model, reading headers alone.
+
+    Args:
+        parameters: those of the base model.
+        changes: what the adapters do to them.
+        options: how it is to be written.
+
+    Returns:
+        The plan; no tensor is read for it.
+
+    Raises:
+        HiraError: the model is quantised and a dtype asked for, a weight cannot be rounded as asked for, a parameter
+            that an adapter brings is of another shape, or what has to be added to the files would not be found in them.
+    """
+    if options.dtype is not None and parameters.config.get("quantization_config"):
+        raise HiraError(
+            f"Weights of {parameters.folder.path} are quantised (quantization_config), and the numbers that belong to "
+            "them must keep their dtypes; leave out the dtype."
+        )
+    found = _Tensors(parameters, changes, options)
+    shards = _shards(parameters, changes, found, options)
+    return Plan(
+        shards,
+        _index(parameters, shards),
+        _config(parameters, changes, options),
+        tuple(found.merged),
+        tuple(found.replaced),
+        tuple(found.added),
+        tuple(found.notes),
+    )
+
+
+def _shards(parameters: Parameters, changes: Changes, found: _Tensors, options: Options) -> tuple[Shard, ...]:
+    """The files to write: the base model's, or new ones of a size, with what is added at the end of the last."""
+    folder = parameters.folder
+    # the names of a model without its head, where the head is added
+    prefix = changes.prefix if found.added else ""
+    shards = []
+    for name, header in folder.shards.items():
+        entries = header.by_offset()
+        tensors = [found.changed.get(e.name) or found.unchanged(e.name, header, e) for e in entries]
+        same = all(tensor.copied for tensor in tensors) and not prefix
+        shards.append(Shard(name, tuple(_prefixed(tensors, prefix)), header.metadata, header if same else None))
+    if found.added:
+        last = shards[-1]
+        shards[-1] = Shard(last.name, (*last.tensors, *found.added.values()), last.metadata)
+    if options.max_shard_size is not None:
+        shards = _of_size([tensor for shard in shards for tensor in shard.tensors], shards[0], options.max_shard_size)
+    return tuple(shard if shard.source is not None else replace(shard, tensors=_ordered(shard)) for shard in shards)
+
+
+def _prefixed(tensors: list[PlannedTensor], prefix: str) -> list[PlannedTensor]:
+    return [tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors]
+
+
+def _ordered(shard: Shard) -> tuple[PlannedTensor, ...]:
+    by_name = {tensor.entry.name: tensor for tensor in shard.tensors}
+    return tuple(by_name[entry.name] for entry in in_safetensors_order(tensor.entry for tensor in shard.tensors))
+
+
+def _of_size(tensors: list[PlannedTensor], first: Shard, limit: int) -> list[Shard]:
+    """Files of at most some bytes, where single tensors allow it, with the tensors in their order."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.entry.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(tensors), first.metadata)]
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    return [Shard(name, tuple(group), first.metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _index(parameters: Parameters, shards: tuple[Shard, ...]) -> dict[str, Any] | None:
+    """The index of the shards, with what the base model's says of it as a whole."""
+    if [shard.name for shard in shards] == [SINGLE]:
+        return None
+    before = [entry for header in parameters.folder.shards.values() for entry in header.entries.values()]
+    after = [tensor.entry for shard in shards for tensor in shard.tensors]
+    metadata = {**parameters.folder.metadata, "total_size": sum(entry.nbytes for entry in after)}
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(prod(e.shape) for e in after) - sum(prod(e.shape) for e in before)
+    weight_map = {tensor.entry.name: shard.name for shard in shards for tensor in shard.tensors}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[str, Any] | None:
+    """The configuration of the merged model, if it differs from the base model's."""
+    config: dict[str, Any] = deepcopy(parameters.config)
+    tables = parameters.embeddings()
+    changing = {*changes.targets, *changes.replaced}
+    if changing.intersection(tables) and len({parameters.tied(table) for table in tables}) < len(tables):
+        config["tie_word_embeddings"] = False
+        _set(config, "tie_word_embeddings", {True: False})
+    resized = [table for table in tables if table in changes.replaced and parameters.holder(table) is not None]
+    rows = {changes.replaced[table].shape[0]: parameters.shape(table)[0] for table in resized}
+    _set(config, "vocab_size", {old: new for new, old in rows.items()})
+    if options.dtype is not None and config:
+        name = dtype_name(options.dtype)
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config["dtype"] = name
+        for key in ("dtype", "torch_dtype"):
+            _set(config, key, dict.fromkeys(("float64", "float32", "bfloat16", "float16"), name))
+    return None if config == parameters.config else config
+
+
+def _set(config: dict[str, Any], key: str, values: Mapping[Any, Any]) -> None:
+    """Exchange values of a key, in the configurations of parts of a model too."""
+    if isinstance(config.get(key), str | int) and config[key] in values:
+        config[key] = values[config[key]]
+    for part in config.values():
+        if isinstance(part, dict):
+            _set(part, key, values)
+
+
+class _Tensors:
+    """The tensors that change, by their names in the files.
+
+    Args:
+        parameters: the base model's parameters.
+        changes: what the adapters do to them.
+        options: how the model is to be written.
+
+    Raises:
+        HiraError: as `plan_merge` says.
+    """
+
+    def __init__(self, parameters: Parameters, changes: Changes, options: Options) -> None:
+        self._parameters, self._changes, self._options = parameters, changes, options
+        self.changed: dict[str, PlannedTensor] = {}
+        self.added: dict[str, PlannedTensor] = {}
+        self.merged: list[str] = []
+        self.replaced: list[str] = []
+        self.notes: list[str] = []
+        # few, because they are all that stays in memory from tensor to tensor
+        self._factors = lru_cache(2)(lambda name: changes.targets[name].factors())
+        self._check_ties()
+        for target in changes.targets.values():
+            self._modulate(target)
+        for name, new in changes.replaced.items():
+            if name not in changes.targets:
+                self._replace(name, new)
+        self._keep_shared_weights()
+
+    def _modulate(self, target: Target) -> None:
+        """Put W' in the place of a parameter."""
+        parameters, name = self._parameters, target.name
+        stored = parameters.dtype(name)
+        dtype = self._options.dtype or stored
+        dither = self._dither(name, stored, dtype)
+        new = self._changes.replaced.get(name)
+        if new is not None:
+            self._check_shape(name, new)
+        matrices = parameters.matrices(name, target.experts is not None) if new is None else [new.matrix()]
+        merged = partial(
+            merged_parts,
+            transposed=target.transposed,
+            stored=stored,
+            dtype=dtype,
+            dither=dither,
+            what=f"{name} of {parameters.folder.path}",
+        )
+        whole = [partial(merged, W0, slice(None), partial(self._pair, name, e)) for e, W0 in enumerate(matrices)]
+        location = parameters.location(name)
+        if location.stacked:
+            self._modulate_apart(name, location, matrices, merged, dtype)
+            return
+        in_files = name in parameters.locations  # else it shares a weight that the files have under another name
+        tensor = location.tensors[0][0] if in_files else self._name_of_new(name)
+        shape = parameters.shape(name) if new is None else new.shape
+        planned = self.changed if in_files else self.added
+        planned[tensor] = PlannedTensor(
+            entry_of(tensor, dtype, shape), lambda: chain.from_iterable(parts() for parts in whole)
+        )
+        self.merged.append(tensor)
+
+    def _modulate_apart(
+        self,
+        name: str,
+        location: Location,
+        matrices: list[StoredMatrix],
+        merged: Callable[..., Iterator[Part]],
+        dtype: torch.dtype,
+    ) -> None:
+        """Put W' in the place of a parameter that lies in several tensors, as that of experts does."""
+        for e, (tensors, W0) in enumerate(zip(location.tensors, matrices, strict=True)):
+            first = 0
+            for tensor in tensors:
+                shape = self._parameters.folder.tensors[tensor][1].shape
+                rows = slice(first, first + shape[0])
+                parts = partial(merged, W0, rows, partial(self._pair, name, e))
+                self.changed[tensor] = PlannedTensor(entry_of(tensor, dtype, shape), parts)
+                self.merged.append(tensor)
+                first += shape[0]
+
+    def _replace(self, name: str, new: Replaced) -> None:
+        """Put a parameter that an adapter brings in the place of the base model's, or beside it."""
+        parameters = self._parameters
+        if name not in parameters.locations:
+            tensor, dtype = self._name_of_new(name), new.dtype
+            if parameters.holder(name) is None:
+                self._check_new(name, new)
+                self.notes.append(f"{tensor} is new: load the merged model by a class that has it, with its sizes")
+            else:
+                self._check_shape(name, new)
+                dtype = parameters.dtype(name)
+            self.added[tensor] = self._of_adapter(tensor, new, dtype)
+            return
+        location = parameters.location(name)
+        if location.stacked or len(location.tensors[0]) > 1:
+            raise HiraError(
+                f"The adapter {new.adapter.path} brings {name} whole, which the files of {parameters.folder.path} have "
+                f"in parts. {IN_MEMORY}"
+            )
+        ((tensor,),) = location.tensors
+        self._check_shape(name, new)
+        self.changed[tensor] = self._of_adapter(tensor, new, parameters.dtype(name))
+        self.replaced.append(tensor)
+
+    def _keep_shared_weights(self) -> None:
+        """Write W0 under the names of parameters that shared a weight with one that changed, and do not change."""
+        parameters = self._parameters
+        changing = {*self._changes.targets, *self._changes.replaced}
+        for name in sorted(changing & parameters.locations.keys()):
+            names = parameters.tied(name)
+            others = [other for other in names if other not in changing]
+            if not others or any(other in parameters.locations for other in others):
+                continue
+            for other in others[:1] if names[0] in others else others:
+                tensor = self._name_of_new(other)
+                new = self._changes.replaced.get(name) if name in self._changes.targets else None
+                ((old,),) = parameters.location(name).tensors
+                self.added[tensor] = (
+                    self.unchanged(tensor, *parameters.folder.tensors[old])
+                    if new is None
+                    else self._of_adapter(tensor, new, parameters.dtype(name))
+                )
+
+    def unchanged(self, name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
+        """A tensor of the base model's, under a name, in the dtype that is asked for."""
+        dtype = self._options.dtype
+        if dtype is None or entry.code not in REAL or entry.dtype == dtype:
+            return copied(name, header, entry)
+        (matrix,) = matrices_of(header, entry)
+        return converted(name, entry.shape, matrix, dtype, f"tensor {entry.name!r} of {header.path}")
+
+    def _of_adapter(self, tensor: str, new: Replaced, dtype: torch.dtype) -> PlannedTensor:
+        dtype = (self._options.dtype or dtype) if new.dtype in FLOATS else new.dtype
+        tensors = new.adapter.tensors
+        if new.dtype == dtype and isinstance(tensors, TensorFile):
+            return copied(tensor, tensors.header, tensors.header.entry(new.key))
+        return converted(tensor, new.shape, new.matrix(), dtype, f"tensor {new.key!r} of {new.adapter.path}")
+
+    def _pair(self, name: str, e: int) -> tuple[Tensor, Tensor]:
+        return self._factors(name)[e]
+
+    def _dither(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> bool | None:
+        rounding = self._options.rounding
+        if rounding == "dither" and (stored == torch.float64 or dtype not in HALF):
+            raise HiraError(
+                f"{name} cannot be rounded with a dither from {stored} to {dtype}: it is for bfloat16 and float16, "
+                "from at most float32. Leave out the rounding, or pass a dtype."
+            )
+        return None if rounding is None else rounding == "dither"
+
+    def _check_ties(self) -> None:
+        """Refuse to change embeddings, or the head, that may be tied in a way that nothing here tells."""
+        parameters, config = self._parameters, self._parameters.config
+        if parameters.is_known or not config.get("tie_word_embeddings", bool(config)):  # true is transformers' default
+            return
+        vocabularies = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
+        shapes = {name: parameters.shape(name) for name in self._changes.targets}
+        shapes |= {name: new.shape for name, new in self._changes.replaced.items()}
+        names = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] in vocabularies]
+        names += [name for name, target in self._changes.targets.items() if target.uses[0].factors.kind == "embedding"]
+        if names:
+            raise HiraError(
+                f"{names[0]} may share its weight with another (tie_word_embeddings), but {parameters.folder.path} is "
+                f"of an architecture that this transformers does not have. {IN_MEMORY}"
+            )
+
+    def _check_shape(self, name: str, new: Replaced) -> None:
+        """Refuse a parameter of another shape than the base model's, but for a vocabulary that was resized."""
+        parameters, shape = self._parameters, self._parameters.shape(name)
+        if new.shape == shape:
+            return
+        tables = [table for table in parameters.embeddings() if parameters.holder(table) is not None]
+        rows = {found.shape[0] for table in tables if (found := self._changes.replaced.get(table)) is not None}
+        if name not in tables or new.shape[1:] != shape[1:] or len(rows) != 1:
+            raise HiraError(
+                f"The adapter {new.adapter.path} brings {name} as {new.shape}, which is {shape} in "
+                f"{parameters.folder.path}: it is of another model, or of this one with other sizes."
+            )
+        # W0 of a target is also that of the tables that share it
+        both = {name for name in self._changes.targets if name in self._changes.replaced}
+        shared = {other for name in both & parameters.locations.keys() for other in parameters.tied(name)}
+        if any(table not in self._changes.replaced and table not in shared for table in tables):
+            raise HiraError(
+                f"The adapter {new.adapter.path} has a vocabulary of {new.shape[0]} instead of {shape[0]}, "
+                f"but brings only some of {', '.join(tables)}; the others are in the trained model alone. {IN_MEMORY}"
+            )
+        self.notes.append(f"{name} has {new.shape[0]} rows, not {shape[0]}: use the tokenizer of the adapter")
+
+    def _check_new(self, name: str, new: Replaced) -> None:
+        """Refuse a parameter that only another model can have, not this one with another head."""
+        parameters = self._parameters
+        own = {other.partition(".")[0] for other in parameters.locations}
+        if parameters.is_known and name.partition(".")[0] in own:
+            raise HiraError(
+                f"The adapter {new.adapter.path} brings {name}, which {parameters.folder.path} does not have: it is of "
+                f"another model. If it is not: {IN_MEMORY}"
+            )
+
+    def _name_of_new(self, name: str) -> str:
+        """The name in the files of a parameter that they lack, once it is sure to be found there."""
+        if self._parameters.name_of(name) != name:
+            raise HiraError(
+                f"{name} has to be written, but the files of {self._parameters.folder.path} name their tensors "
+                f"otherwise than the model does. {IN_MEMORY}"
+            )
+        return name

@@ -1,0 +1,170 @@
+"""What each tensor of a merged model becomes, and the functions that make its bytes part by part."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hira.errors import HiraError
+from hira.files.io.safetensors_file import Header, TensorEntry, all_finite, entry_of, read_bytes, tensor_bytes
+from hira.files.model.parameters import StoredMatrix
+from hira.ops.effective_weight import Modulation, block, modulation, row_blocks
+from hira.ops.heuristics import one_thread
+from hira.ops.workspace import Workspace, scratch
+
+# bytes of a tensor that are copied or converted at a time
+_PART = 16 << 20
+
+# A part makes some bytes of a tensor. The next part of the same thread overwrites them.
+Part = Callable[[], memoryview]
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor of the merged model.
+
+    Args:
+        entry: its name, dtype and shape.
+        parts: yields the parts that make its bytes, in their order.
+        copied: whether its bytes are those of a tensor of the base model or of an adapter.
+    """
+
+    entry: TensorEntry
+    parts: Callable[[], Iterator[Part]]
+    copied: bool = False
+
+
+class Workers:
+    """Two threads that make parts: while one computes, the other reads, and the caller hashes and writes."""
+
+    def __init__(self) -> None:
+        count = torch.get_num_threads()
+        self._threads = [ThreadPoolExecutor(1, initializer=_begin, initargs=(count,)) for _ in range(2)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+
+    def made(self, parts: Iterable[Part]) -> Iterator[memoryview]:
+        """Yield the bytes of parts in order; they stay until the next ones are asked for."""
+        ahead: deque[Future[memoryview]] = deque()
+        for part, thread in zip(parts, cycle(self._threads)):
+            if len(ahead) == len(self._threads):
+                yield ahead.popleft().result()
+            ahead.append(thread.submit(part))
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
+    """Plan a tensor with the bytes of one in a file."""
+
+    def parts() -> Iterator[Part]:
+        for start in range(0, entry.nbytes, _PART):
+            yield partial(read_bytes, header, entry.name, start, _PART, _memory)
+
+    return PlannedTensor(replace(entry, name=name), parts, copied=True)
+
+
+def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: torch.dtype, what: str) -> PlannedTensor:
+    """Plan a tensor in another dtype, rounded to nearest.
+
+    Args:
+        name: the tensor's name in the merged model.
+        shape: its shape.
+        matrix: its entries.
+        dtype: the dtype that it gets.
+        what: the tensor and its file, for messages.
+    """
+
+    def part(rows: slice) -> memoryview:
+        with one_thread():
+            exact = matrix.read(rows, _memory)
+            result = exact.to(dtype)
+            overflows = result is not exact and not all_finite(result)
+            if overflows and bool((exact.isfinite() & ~result.isfinite()).any()):
+                raise HiraError(f"{what} has numbers that are too large for {dtype}; choose another dtype.")
+            return tensor_bytes(result)
+
+    return PlannedTensor(
+        entry_of(name, dtype, shape), lambda: (partial(part, rows) for rows in matrix.row_blocks(_PART))
+    )
+
+
+def merged_parts(
+    matrix: StoredMatrix,
+    rows: slice,
+    factors: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    transposed: bool,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    dither: bool | None,
+    what: str,
+) -> Iterator[Part]:
+    """Yield the parts of some rows of ``W' = W0 * (1 + BA)``, formed by the blocks by which the layers form it.
+
+    Args:
+        matrix: W0, as it is stored.
+        rows: which of its rows to form.
+        factors: returns A (r, in) and B (out, r).
+        transposed: whether W0 is stored as (in, out); such a matrix is read whole.
+        stored: the dtype in which the base layer has W0.
+        dtype: the dtype of W'.
+        dither: whether to round with a dither; None rounds as the layers do.
+        what: the parameter and its folder, for messages.
+    """
+    first, last, _ = rows.indices(matrix.rows)
+
+    def checked(formed: Tensor) -> memoryview:
+        with one_thread():
+            if all_finite(formed):
+                return tensor_bytes(formed)
+        raise HiraError(
+            f"W0 * (1 + BA) of {what} is not finite in {dtype}: the base model's weight is damaged, or the adapter's "
+            "update is too large for the dtype."
+        )
+
+    def whole() -> memoryview:
+        W0 = matrix.read(slice(None), None).to(stored).t()
+        by, workspace = modulation(W0, *factors(), dtype, dither=dither), Workspace(W0, dtype)
+        out = torch.empty_like(W0, dtype=dtype)
+        for some in row_blocks(W0):
+            out[some] = block(W0[some], by, workspace, some, alone=True)
+        return checked(out.t()[rows])
+
+    def part(like: Tensor, by: Modulation, some: slice) -> memoryview:
+        W0 = matrix.read(some, _memory).to(stored)
+        formed = block(W0, by, Workspace(like, dtype), some, alone=True)
+        return checked(formed[max(first - some.start, 0) : last - some.start])
+
+    if transposed:
+        yield whole
+        return
+    # W0's shape and dtype, from which the layers choose their blocks, in the memory of one number
+    like = torch.empty(1, 1, dtype=stored, device="cpu").expand(matrix.rows, matrix.columns)
+    by = modulation(like, *factors(), dtype, dither=dither)
+    for some in row_blocks(like):
+        if some.start < last and first < some.stop:
+            yield partial(part, like, by, some)
+
+
+def _begin(threads: int) -> None:
+    """Give a new thread its number of PyTorch's threads; by itself it would take what another one has just set."""
+    torch.get_num_threads()  # where PyTorch takes it
+    torch.set_num_threads(threads)
+
+
+def _memory(nbytes: int) -> Tensor:
+    """Memory that the thread's next part overwrites; memory fresh from the system is slow."""
+    return scratch.take(nbytes, torch.uint8)[:nbytes]
