@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,9 @@ import hira
 
 # models here are tiny: a second thread gains nothing, and waits long for its core where another process has it
 torch.set_num_threads(1)
+
+# a shell has its background jobs ignore interrupts, and so would the processes that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("hira", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("hira")

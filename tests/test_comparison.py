@@ -1,4 +1,4 @@
-"""`python -m benchmarks.comparison`: right results get times, wrong ones do not, and what was measured is kept whole."""
+"""The comparison of methods: right results get times, wrong ones do not, and what was measured is kept whole."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class HiraModel(BaseTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        """Tied weights need no warning: a merge gives the layer a weight of its own, see `base_weights.dense.Storage`."""
+        """Tied weights need no warning: a merge gives the layer a weight of its own (`base_weights.dense`)."""
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
