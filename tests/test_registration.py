@@ -401,3 +401,10 @@ def test_an_adapter_is_added_by_code_without_a_module():
     model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
     exec("model.add_adapter('another', model.peft_config['default'])", {"model": model})
     assert "another" in model.peft_config
+
+
+@pytest.mark.parametrize("module", ["hira.config.hira_config", "hira.layers.base", "hira.tuner.model"])
+def test_any_module_may_be_imported_first(module):
+    """As a pickle does that holds a configuration or a layer."""
+    program = f"import {module}, hira, peft; assert hira.is_registered() and peft.HiraConfig is hira.HiraConfig"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -14,7 +14,7 @@ from hira.errors import HiraError
 from hira.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hira.config import HiraConfig
+    from hira.config.hira_config import HiraConfig
     from hira.files.convert.convert_adapter import convert_adapter
     from hira.files.inspect.inspect_adapter import inspect_adapter
     from hira.files.io.manifest import verify as verify_folder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
-from hira.config import rank_of
+from hira.config.hira_config import rank_of
 from hira.distributed.detection import check_is_here
 from hira.errors import HiraError
 from hira.layers.linear import HiraLayer, Linear

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage, Transposed
-from hira.config import InitWeights, check_init_weights, check_rank
+from hira.config.hira_config import InitWeights, check_init_weights, check_rank
 from hira.distributed.detection import is_dtensor, only_gathers
 from hira.errors import HiraError
 from hira.layers.lazy_weight import Expert, weight_of_layer

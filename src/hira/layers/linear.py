@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hira import ops
 from hira.base_weights.dense import Storage, Transposed
-from hira.config import InitWeights
+from hira.config.hira_config import InitWeights
 from hira.distributed.detection import spread
 from hira.errors import HiraError
 from hira.layers.base import BASE, HiraLayer

@@ -32,9 +32,9 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
 
-from hira import config as config_module
 from hira.base_weights.offloaded import left_where_it_is
-from hira.config import HiraConfig
+from hira.config import hira_config as config_module
+from hira.config.hira_config import HiraConfig
 from hira.layers import bitsandbytes, dispatch, linear
 from hira.layers.inference_cache import inference_cache
 from hira.layers.linear import HiraLayer

@@ -12,7 +12,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedModel
 
-from hira.config import rank_of
+from hira.config.hira_config import rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.files.model.architecture import Architecture

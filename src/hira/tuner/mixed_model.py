@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hira.base_weights import offloaded
-from hira.config import check_config
+from hira.config.hira_config import check_config
 from hira.errors import HiraError
 from hira.layers.linear import HiraLayer
 from hira.tuner.model import HiraModel, check_new_name, hira_layers, reporting_unmatched

@@ -16,7 +16,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_H
 from torch import Tensor, nn
 
 from hira.base_weights import offloaded
-from hira.config import check_config, rank_of
+from hira.config.hira_config import check_config, rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.layers.attention import check_not_offloaded
