@@ -23,7 +23,7 @@ from stock_peft import stock_peft
 
 import hira
 from hira import HiraConfig, HiraError
-from hira.config import check_adapter_file, check_config, check_init_weights, check_rank, rank_of
+from hira.config.hira_config import check_adapter_file, check_config, check_init_weights, check_rank, rank_of
 
 names = st.text("abcxyz._0123456789", min_size=1, max_size=8)
 lists = st.lists(names, min_size=1, max_size=3, unique=True)

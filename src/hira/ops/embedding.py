@@ -145,14 +145,10 @@ class _Columns(torch.autograd.Function):
     """A[:, ids] as (T, r); its gradient is made in A's layout, which PyTorch's own look-up would transpose."""
 
     @staticmethod
-    def forward(ids: Tensor, A: Tensor, sparse: bool) -> Tensor:
-        return A.index_select(1, ids).t()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, A, ctx.sparse = inputs
-        ctx.shape = A.shape
+    def forward(ctx: Any, ids: Tensor, A: Tensor, sparse: bool) -> Tensor:
+        ctx.shape, ctx.sparse = A.shape, sparse
         ctx.save_for_backward(ids)
+        return A.index_select(1, ids).t()
 
     @staticmethod
     def backward(ctx: Any, dcolumns: Tensor) -> tuple[None, Tensor, None]:

@@ -69,12 +69,9 @@ class Link(torch.autograd.Function):
     """Zeros of x's shape in the memory of one number, whose gradient is x's: they keep x's place without its values."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(x.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
