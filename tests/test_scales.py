@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
