@@ -36,7 +36,7 @@ def test_the_merged_weight_is_that_of_the_forward_bit_for_bit(kind, dtype, block
     assert not torch.equal(merged, W0)
     if kind == "embedding" and dtype == torch.float32:
         # the products are of other shapes, over ids and over blocks of the table, and some processors sum them in
-        # another order: two sums of r + 1 products, each multiplied by W0
+        # another order: two sums of r products, each multiplied by W0, which is added
         A, B = (factors["default"].detach() for factors in layer._factor_dicts)
         terms = W0.abs() * (1 + (B.abs() @ A.abs()).t())
         assert ((merged - expected).abs() <= 2 * (len(A) + 2) * 2**-24 * terms).all()

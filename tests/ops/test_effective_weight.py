@@ -47,7 +47,7 @@ def test_error_is_that_of_one_rounding(dtype, block_size):
     r = 3
     W0, A, B = weights(r=r, dtype=dtype)
     exact = reference.modulated_weight(W0.double(), A.double(), B.double())
-    # In float32: r + 1 products, as many sums, and the product with W0; each term of size |b a| or 1.
+    # In float32: r products, as many sums, and the product with W0; each term of size |b a| or 1.
     size = W0.double().abs() * (1 + B.double().abs() @ A.double().abs())
     formation = 2 * (r + 2) * 2.0**-24 * size
     # a dither may take the farther neighbour, which is less than a unit away
@@ -182,7 +182,7 @@ def test_layout_in_memory_is_kept(shape, block_size):
     assert modulated_weight(W0, A, B).stride() == W0.stride()
     formed = modulated_weight(transposed, A, B)
     assert formed.stride() == transposed.stride()
-    # The products lie otherwise in memory, so a sum of r + 1 terms may round otherwise.
+    # The products lie otherwise in memory, so a sum of r terms may round otherwise.
     torch.testing.assert_close(formed, modulated_weight(W0, A, B), rtol=1e-5, atol=1e-5)
 
 

@@ -70,7 +70,7 @@ def conv(
     Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
     """
     dtype = product_dtype(x, W0.dtype)
-    x = cast_as_autocast(x, W0.dtype)
+    x = cast_as_autocast(x, dtype)
     bias = bias if bias is None else bias.to(dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     unbatched = x.dim() == W0.dim() - 1

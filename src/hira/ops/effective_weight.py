@@ -5,9 +5,10 @@ Derivations, the order of roundings and the choice of blocks are in docs/archite
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,25 +17,28 @@ from hira.ops import heuristics
 from hira.ops.dither import Noise, noise_of, round_into, rounded
 from hira.ops.workspace import Workspace, formation_dtype
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class Modulation(NamedTuple):
-    """What `block` multiplies W0 by: A and B in the dtype of formation, for PyTorch so that their product is 1 + BA."""
+    """What `block` applies to W0: A and B in the dtype of formation, and how W' is rounded."""
 
-    A: Tensor  # (r + 1, in), or (r, in) for the update alone and for the kernel
-    B: Tensor  # (out, r + 1), or (out, r)
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
     noise: Noise | None  # of the rounding; None to round to nearest
     update_only: bool
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; the meta device has none."""
-    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    return known and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
-def cast_as_autocast(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
-    """x in the dtype that autocast gives it for a product with a weight; x itself where there is no autocast."""
-    return x.to(product_dtype(x, weight_dtype)) if autocasts(x.device) else x
+def cast_as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the `product_dtype` of a product, if it is autocast that gives it that dtype; else x itself."""
+    return x.to(dtype) if x.dtype != dtype and autocasts(x.device) else x
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -42,6 +46,20 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a tensor, and more, that runs as another does within `no_autocast`."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device: torch.device = args[0].device  # type: ignore[attr-defined]
+        if not autocasts(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def product_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
@@ -54,21 +72,14 @@ def product_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
 def modulation(
     W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: bool = False, dither: bool | None = None
 ) -> Modulation:
-    """Extend A (r, in) and B (out, r) for a W' of ``dtype``: ``1 + BA = [B | 1] [A ; 1]``."""
+    """Prepare A (r, in) and B (out, r) for a W' of ``dtype``; the dither is that of layers unless `dither` says."""
     formation = formation_dtype(W0.dtype)
-    A, B = A.to(formation), B.to(formation)
     dither = heuristics.dithers(W0.dtype, dtype) if dither is None else dither
     noise = noise_of(W0) if dither and not update_only else None
-    if not (update_only or heuristics.triton(W0)):
-        A, B = _with_ones(A, B)
-    return Modulation(A, B, noise, update_only)
+    return Modulation(A.to(formation), B.to(formation), noise, update_only)
 
 
-def _with_ones(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat([A, A.new_ones(1, A.shape[1])]), torch.cat([B, B.new_ones(B.shape[0], 1)], dim=1)
-
-
-def row_blocks(W0: Tensor) -> Iterator[slice]:
+def row_blocks(W0: Tensor) -> Iterable[slice]:
     """Split the rows of W0 (out, in) so that a block of them has a bounded number of entries.
 
     The split depends on the weight's shape and device alone, never on the input, so that W' is formed by the same
@@ -79,7 +90,7 @@ def row_blocks(W0: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def column_blocks(W0: Tensor) -> Iterator[slice]:
+def column_blocks(W0: Tensor) -> Iterable[slice]:
     """Split the columns of W0 (out, in) likewise."""
     return row_blocks(W0.t())
 
@@ -91,35 +102,51 @@ def block(
     rows: slice = slice(None),
     columns: slice = slice(None),
     *,
-    alone: bool = False,
+    single_threaded: bool = False,
 ) -> Tensor:
     """Return ``W0 * (1 + BA)`` for some rows and columns W0 of a weight, rounded once; in the workspace's memory.
 
-    With `alone`, what is not the product is done by one thread, for a caller whose other threads need the other cores:
-    the entries are the same, which those of a product by one thread need not be.
+    With `single_threaded`, what is not the product is done by one thread, for a caller whose other threads need the
+    other cores: the entries are the same, which those of a product by one thread need not be.
     """
-    A, B = by.A[:, columns], by.B[rows]
     noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
+    by = Modulation(by.A[:, columns], by.B[rows], noise, by.update_only)
+    with heuristics.one_thread() if single_threaded else nullcontext():
+        return _formed(W0, by, workspace.dtype, workspace)
+
+
+def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
+    """`block` of a weight that is one block, and so small that memory of its own costs nothing."""
+    return _formed(W0, by, dtype, None)
+
+
+def _formed(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+    A, B, noise, update_only = by
     if heuristics.triton(W0):
         from hira.ops import triton
 
-        return triton.form(W0, A, B, workspace.dtype, update_only=by.update_only, noise=noise)
-    exact = torch.mm(B, A, out=workspace.exact(W0))
-    with heuristics.one_thread() if alone else nullcontext():
-        return _multiplied(exact, W0, workspace.rounded(W0), noise)
-
-
-def _multiplied(exact: Tensor, W0: Tensor, rounded: Tensor, noise: Noise | None) -> Tensor:
-    """Multiply a block by W0's entries and round it, a chunk that stays in the processor's cache at a time."""
-    if rounded.dtype == exact.dtype:
-        return exact.mul_(W0)
-    for chunk in heuristics.chunks(exact):
-        part = exact[chunk].mul_(W0[chunk])
+        return triton.form(W0, A, B, dtype, update_only=update_only, noise=noise)
+    if workspace is not None:
+        BA = torch.mm(B, A, out=workspace.exact(W0))
+    elif W0.stride(0) < W0.stride(1):  # in W0's memory layout, as the workspace has it
+        BA = torch.mm(A.t(), B.t()).t()
+    else:
+        BA = torch.mm(B, A)
+    if dtype == BA.dtype:
+        return _apply(W0, BA, update_only)
+    formed = torch.empty_like(BA, dtype=dtype) if workspace is None else workspace.rounded(W0)
+    for chunk in heuristics.chunks(BA):  # that stays in the processor's cache
+        part = _apply(W0[chunk].to(BA.dtype), BA[chunk], update_only)
         if noise is None:
-            rounded[chunk].copy_(part)
+            formed[chunk].copy_(part)
         else:
-            round_into(rounded[chunk], part, noise.rows[chunk], noise.columns)
-    return rounded
+            round_into(formed[chunk], part, noise.rows[chunk], noise.columns)
+    return formed
+
+
+def _apply(W0: Tensor, BA: Tensor, update_only: bool) -> Tensor:
+    """``W0 + W0 * BA``, or ``W0 * BA``, in BA's memory: the sum is as exact as W0 times 1 + BA, and one operation."""
+    return BA.mul_(W0) if update_only else torch.addcmul(W0, W0, BA, out=BA)
 
 
 def modulated_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -151,11 +178,10 @@ def plain_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update
     """
     formation = formation_dtype(W0.dtype)
     with no_autocast(W0.device):
-        A, B = A.to(formation), B.to(formation)
-        if not update_only:
-            A, B = _with_ones(A, B)
+        A, B, W0_ = A.to(formation), B.to(formation), W0.to(formation)
         parts = [torch.mm(B[rows], A) for rows in row_blocks(W0)]
-        exact = (parts[0] if len(parts) == 1 else torch.cat(parts)) * W0
+        BA = parts[0] if len(parts) == 1 else torch.cat(parts)
+        exact = W0_ * BA if update_only else torch.addcmul(W0_, W0_, BA)
         if heuristics.dithers(W0.dtype, dtype) and not update_only:
             return rounded(exact, dtype, noise_of(W0))
         return exact.to(dtype)
@@ -165,6 +191,8 @@ def form(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update_only: b
     """Form ``W0 * (1 + BA)``, or ``W0 * BA``, block by block, rounded once to ``dtype``. Not tracked by autograd."""
     with torch.no_grad(), no_autocast(W0.device):
         by = modulation(W0, A, B, dtype, update_only=update_only)
+        if heuristics.is_small(W0):
+            return whole(W0, by, dtype)
         out = torch.empty_like(W0, dtype=dtype)
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):

@@ -80,7 +80,7 @@ def bound_norm(y: Tensor, max_norm: float, norm_type: float) -> Tensor:
 
 
 class _Rows(torch.autograd.Function):
-    """Rows (T, dim) of the table times 1 + columns (T, r) B^T, as `modulate.block` forms and rounds them."""
+    """Rows (T, dim) of the table times 1 + columns (T, r) B^T, as `effective_weight.block` forms and rounds them."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,8 @@ class _Rows(torch.autograd.Function):
             dy = (dy * share.to(dy.dtype)).masked_fill(share == 0, 0)
         drows = dcolumns = dB = None
         if need_rows:
-            drows = (_modulation(rows, columns, B, ctx.update_only) * dy).to(rows.dtype)
+            BA = _product(rows, columns, B)
+            drows = ((BA if ctx.update_only else BA + 1) * dy).to(rows.dtype)
         with no_autocast(dy.device):
             G = rows.to(formation_dtype(rows.dtype)) * dy
             if need_columns:
@@ -116,7 +117,9 @@ class _Rows(torch.autograd.Function):
 
 
 def _modulated(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, update_only: bool) -> Tensor:
-    exact = _modulation(rows, columns, B, update_only) * rows
+    BA = _product(rows, columns, B)
+    rows_ = rows.to(BA.dtype)
+    exact = rows_ * BA if update_only else torch.addcmul(rows_, rows_, BA)
     if noise is None:
         return exact.to(rows.dtype)
     if heuristics.plain():
@@ -130,15 +133,11 @@ def _sharing(y: Tensor, share: Tensor) -> Tensor:
     return fixed + torch.where(fixed.isfinite(), (y - fixed) * share.to(y.dtype), 0)
 
 
-def _modulation(rows: Tensor, columns: Tensor, B: Tensor, update_only: bool) -> Tensor:
-    """1 + columns B^T, or without the 1, in the dtype of formation."""
+def _product(rows: Tensor, columns: Tensor, B: Tensor) -> Tensor:
+    """Columns (T, r) times B^T, in the dtype of formation for these rows."""
     dtype = formation_dtype(rows.dtype)
     with no_autocast(rows.device):
-        columns, B = columns.to(dtype), B.to(dtype)
-        if not update_only:
-            columns = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
-            B = torch.cat([B, B.new_ones(len(B), 1)], dim=1)
-        return torch.mm(columns, B.t())
+        return torch.mm(columns.to(dtype), B.to(dtype).t())
 
 
 class _Columns(torch.autograd.Function):

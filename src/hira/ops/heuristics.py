@@ -65,6 +65,12 @@ def block_entries(device: torch.device) -> int:
     return CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
 
 
+def is_small(W0: Tensor) -> bool:
+    """Whether W' is formed whole in memory of its own: on a CPU, where the allocator has that much at hand."""
+    limit = min(CPU_CHUNK_ENTRIES, CPU_BLOCK_ENTRIES) if W0.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+    return W0.numel() <= limit
+
+
 def chunks(matrix: Tensor) -> Iterator[slice]:
     """Split the rows of a matrix for a series of elementwise operations."""
     rows, columns = matrix.shape

@@ -22,6 +22,8 @@ from hira.ops.effective_weight import (
     pull_back,
     row_blocks,
     weight_gradient,
+    whole,
+    without_autocast,
 )
 from hira.ops.int8 import Link, product, quantize, quantize_shared
 from hira.ops.workspace import Workspace, formation_dtype
@@ -61,24 +63,33 @@ def linear(
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
 
-    Cost: for T tokens and an m by n weight, 2 T m n + 2 (r + 1) m n operations forward and at most
-    4 T m n + 6 (r + 1) m n backward, 2 T m n of these in integers with "int8". Kept for backward: x, or its codes and a
+    Cost: for T tokens and an m by n weight, 2 T m n + 2 r m n operations forward and at most
+    4 T m n + 6 r m n backward, 2 T m n of these in integers with "int8". Kept for backward: x, or its codes and a
     scale for each of their columns, `weight`, A and B. Temporaries: one block of W' or of G.
 
     Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
-    bias = bias if bias is None else bias.to(dtype)
+    x, bias = cast_as_autocast(x, dtype), bias if bias is None else bias.to(dtype)
     if heuristics.plain():
         W0 = weight if dequantize is None else dequantize(weight)
-        return F.linear(cast_as_autocast(x, dtype), plain_weight(W0, A, B, dtype, update_only=update_only), bias)
-    flat = cast_as_autocast(x, dtype).reshape(-1, x.shape[-1])
-    wanted = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
-    rounded = weight_gradient == "int8" and wanted and not weight.requires_grad and heuristics.int8(x, B.shape[0])
-    codes, scale = quantize_shared(x) if rounded else (None, None)
-    link = Link.apply(flat) if rounded and flat.requires_grad else None
-    y: Tensor = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale, link)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return F.linear(x, plain_weight(W0, A, B, dtype, update_only=update_only), bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor
+    if torch.is_grad_enabled():
+        codes = scale = link = None
+        if weight_gradient == "int8" and _rounds_gradient(x, weight, A, B):
+            codes, scale = quantize_shared(x)
+            link = Link.apply(flat) if flat.requires_grad else None
+        y = _Linear.apply(flat, weight, A, B, bias, update_only, dequantize, codes, scale, link)
+    else:
+        y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, update_only)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _rounds_gradient(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    serves_factors_alone = (A.requires_grad or B.requires_grad) and not weight.requires_grad
+    return serves_factors_alone and heuristics.int8(x, B.shape[0])
 
 
 class _Linear(torch.autograd.Function):
@@ -98,8 +109,7 @@ class _Linear(torch.autograd.Function):
         link: Tensor | None,
     ) -> Tensor:
         W0 = weight if dequantize is None else dequantize(weight)
-        function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
-        y: Tensor = function(x, W0, A, B, bias, update_only)
+        y = _forward(x, W0, A, B, bias, update_only)
         ctx.update_only, ctx.dequantize = update_only, dequantize
         needs_x = any(ctx.needs_input_grad[1:4])
         saved = codes if codes is not None else x if needs_x else None
@@ -139,38 +149,50 @@ class _Linear(torch.autograd.Function):
         return dx, dW0, dA, dB, dbias, None, None, None, None, None
 
 
+def _forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
+    function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
+    y: Tensor = function(x, W0, A, B, bias, update_only)
+    return y
+
+
+@without_autocast
 def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
     """x (T, in) -> y (T, out), a block of W's rows at a time."""
     if heuristics.decodes(x) and not update_only:
         from hira.ops import triton
 
         return triton.decode(x, W0, A.unsqueeze(0), B.unsqueeze(0), bias=bias)
+    by = modulation(W0, A, B, x.dtype, update_only=update_only)
+    if heuristics.is_small(W0):
+        W = whole(W0, by, x.dtype)
+        return torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
     y = x.new_empty(x.shape[0], W0.shape[0])
-    with no_autocast(x.device):
-        by = modulation(W0, A, B, x.dtype, update_only=update_only)
-        workspace = Workspace(W0, x.dtype)
-        for rows in row_blocks(W0):
-            W = block(W0[rows], by, workspace, rows)
-            if heuristics.transposed(x):
-                y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
-            elif bias is None:
-                torch.mm(x, W.t(), out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, W.t(), out=y[:, rows])
+    workspace = Workspace(W0, x.dtype)
+    for rows in row_blocks(W0):
+        W = block(W0[rows], by, workspace, rows)
+        if heuristics.transposed(x):
+            y[:, rows] = (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[rows, None], W, x.t())).t()
+        elif bias is None:
+            torch.mm(x, W.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, W.t(), out=y[:, rows])
     return y
 
 
+@without_autocast
 def linear_input_gradient(dy: Tensor, W0: Tensor, A: Tensor, B: Tensor, update_only: bool) -> Tensor:
     """dy (T, out) -> dx (T, in), a block of W's columns at a time: no sum over blocks, so each entry rounds once."""
+    by = modulation(W0, A, B, dy.dtype, update_only=update_only)
+    if heuristics.is_small(W0):
+        return torch.mm(dy, whole(W0, by, dy.dtype))
     dx = dy.new_empty(dy.shape[0], W0.shape[1])
-    with no_autocast(dy.device):
-        by = modulation(W0, A, B, dy.dtype, update_only=update_only)
-        workspace = Workspace(W0, dy.dtype)
-        for columns in column_blocks(W0):
-            torch.mm(dy, block(W0[:, columns], by, workspace, columns=columns), out=dx[:, columns])
+    workspace = Workspace(W0, dy.dtype)
+    for columns in column_blocks(W0):
+        torch.mm(dy, block(W0[:, columns], by, workspace, columns=columns), out=dx[:, columns])
     return dx
 
 
+@without_autocast
 def linear_factor_gradients(
     dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -183,26 +205,27 @@ def linear_factor_gradients(
         from hira.ops import triton
 
         return triton.factor_gradients(dy, x, W0, A, B)
+    if scale is None and heuristics.is_small(W0):
+        return factor_gradients(torch.mm(dy.t(), x), W0, A, B)
     dtype = formation_dtype(W0.dtype)
-    with no_autocast(dy.device):
-        A_, B_ = A.to(dtype), B.to(dtype)
-        if scale is not None:
-            dy, dy_scale = quantize(dy)
-            A_, B_ = A_ * scale, B_ * dy_scale.unsqueeze(1)
-        dA, dB = A_.new_zeros(A_.shape), B_.new_empty(B_.shape)
-        workspace = Workspace(W0, torch.int32 if scale is not None else dy.dtype)
-        for rows in row_blocks(W0):
-            W0_ = W0[rows]
-            memory = workspace.rounded(W0_)
-            if scale is None:
-                G = torch.mm(dy[:, rows].t(), x, out=memory)
-                exact = G if G.dtype == dtype else workspace.exact(W0_).copy_(G)
-            else:
-                exact = product(dy[:, rows], x, workspace.exact(W0_), memory)
-            dB[rows] = pull_back(exact, W0_, A_, B_[rows], dA)
-        if scale is not None:
-            dA *= scale
-            dB *= dy_scale.unsqueeze(1)
+    A_, B_ = A.to(dtype), B.to(dtype)
+    if scale is not None:
+        dy, dy_scale = quantize(dy)
+        A_, B_ = A_ * scale, B_ * dy_scale.unsqueeze(1)
+    dA, dB = A_.new_zeros(A_.shape), B_.new_empty(B_.shape)
+    workspace = Workspace(W0, torch.int32 if scale is not None else dy.dtype)
+    for rows in row_blocks(W0):
+        W0_ = W0[rows]
+        memory = workspace.rounded(W0_)
+        if scale is None:
+            G = torch.mm(dy[:, rows].t(), x, out=memory)
+            exact = G if G.dtype == dtype else workspace.exact(W0_).copy_(G)
+        else:
+            exact = product(dy[:, rows], x, workspace.exact(W0_), memory)
+        dB[rows] = pull_back(exact, W0_, A_, B_[rows], dA)
+    if scale is not None:
+        dA *= scale
+        dB *= dy_scale.unsqueeze(1)
     return dA.to(A.dtype), dB.to(B.dtype)
 
 

@@ -50,7 +50,7 @@ def formed(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -
 def recomputed(*weights: Formed) -> Iterator[None]:
     """Keep W0, A and B where autograd would keep one of some W', or a view of it; backward forms that W' again.
 
-    Each product whose backward needs a W' forms it whole once more: 2 (r + 1) m n operations for an m by n weight.
+    Each product whose backward needs a W' forms it whole once more: 2 r m n operations for an m by n weight.
 
     PyTorch asks the innermost saved-tensor hooks alone. What is not of a W' is therefore handed on to the hooks
     outside, such as those of a checkpoint or of `save_on_cpu`, which treat it as they would have. Where that cannot be,

@@ -140,12 +140,12 @@ def merged_parts(
         by, workspace = modulation(W0, *factors(), dtype, dither=dither), Workspace(W0, dtype)
         out = torch.empty_like(W0, dtype=dtype)
         for some in row_blocks(W0):
-            out[some] = block(W0[some], by, workspace, some, alone=True)
+            out[some] = block(W0[some], by, workspace, some, single_threaded=True)
         return checked(out.t()[rows])
 
     def part(like: Tensor, by: Modulation, some: slice) -> memoryview:
         W0 = matrix.read(some, _memory).to(stored)
-        formed = block(W0, by, Workspace(like, dtype), some, alone=True)
+        formed = block(W0, by, Workspace(like, dtype), some, single_threaded=True)
         return checked(formed[max(first - some.start, 0) : last - some.start])
 
     if transposed:
