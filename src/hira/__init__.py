@@ -22,19 +22,21 @@ if TYPE_CHECKING:
     from hira.layers.attention import MultiheadAttention
     from hira.layers.base import HiraLayer
     from hira.layers.bitsandbytes import Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+    from hira.layers.conv import Conv1d, Conv2d, Conv3d, ConvNd
     from hira.layers.dispatch import dispatch_default
+    from hira.layers.embedding import Embedding
     from hira.layers.experts import ParamWrapper
     from hira.layers.inference_cache import inference_cache
-    from hira.layers.linear import Conv1d, Conv2d, Conv3d, ConvNd, Embedding, Linear
+    from hira.layers.linear import Linear
     from hira.peft_integration.registration import is_registered, register, unregister
     from hira.tuner.model import HiraModel
 
 _HOMES = {
-    "Conv1d": "hira.layers.linear",
-    "Conv2d": "hira.layers.linear",
-    "Conv3d": "hira.layers.linear",
-    "ConvNd": "hira.layers.linear",
-    "Embedding": "hira.layers.linear",
+    "Conv1d": "hira.layers.conv",
+    "Conv2d": "hira.layers.conv",
+    "Conv3d": "hira.layers.conv",
+    "ConvNd": "hira.layers.conv",
+    "Embedding": "hira.layers.embedding",
     "HiraConfig": "hira.config",
     "HiraLayer": "hira.layers.base",
     "HiraModel": "hira.tuner.model",

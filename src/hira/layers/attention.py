@@ -14,7 +14,8 @@ from hira.base_weights.dense import Storage
 from hira.config.hira_config import rank_of
 from hira.distributed.detection import check_is_here
 from hira.errors import HiraError
-from hira.layers.linear import HiraLayer, Linear
+from hira.layers.base import HiraLayer
+from hira.layers.linear import Linear
 from hira.layers.substitution import exclusive, substituted
 from hira.ops.effective_weight import product_dtype
 from hira.ops.recompute import Formed, formed, recomputed

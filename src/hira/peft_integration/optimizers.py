@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from hira.errors import HiraError
 from hira.layers.experts import ParamWrapper
-from hira.layers.linear import Embedding, HiraLayer
+from hira.layers.base import HiraLayer
+from hira.layers.embedding import Embedding
 from hira.tuner.model import hira_layers
 
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]

@@ -35,9 +35,10 @@ from transformers import GenerationMixin
 from hira.base_weights.offloaded import left_where_it_is
 from hira.config import hira_config as config_module
 from hira.config.hira_config import HiraConfig
-from hira.layers import bitsandbytes, dispatch, linear
+from hira.layers import bitsandbytes, dispatch
+from hira.layers.base import HiraLayer
+from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
-from hira.layers.linear import HiraLayer
 from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
 from hira.tuner import model as model_module
 from hira.tuner.mixed_model import HiraMixedModel
@@ -49,7 +50,13 @@ from hira.version import __version__
 # the name under which PEFT's own HiRA can be imported while this package has its place; what is pickled refers to it
 STOCK_NAME = "peft.tuners.hira_stock"
 # the modules of PEFT's own HiRA, and what stands for them
-_MODULES = {"config": config_module, "layer": linear, "model": model_module, "bnb": bitsandbytes, "dispatch": dispatch}
+_MODULES = {
+    "config": config_module,
+    "layer": sys.modules["hira"],
+    "model": model_module,
+    "bnb": bitsandbytes,
+    "dispatch": dispatch,
+}
 _MISSING = object()
 _undo: list[Callable[[], None]] = []
 
@@ -123,7 +130,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     yield peft.helpers, "LoraLayer", (peft.helpers.LoraLayer, HiraLayer)
     optimizers = peft.optimizers
     # of which create_loraplus_optimizer has a rate of its own
-    yield optimizers.loraplus, "Embedding", (optimizers.loraplus.Embedding, linear.Embedding)
+    yield optimizers.loraplus, "Embedding", (optimizers.loraplus.Embedding, Embedding)
     for module in (optimizers, optimizers.loraplus):
         yield module, "create_loraplus_optimizer", loraplus(module.create_loraplus_optimizer)
     for module in (optimizers, optimizers.lorafa):

@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from hira.errors import HiraError
-from hira.layers.linear import HiraLayer
+from hira.layers.base import HiraLayer
 
 _CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 

@@ -13,7 +13,7 @@ from torch import nn
 from hira.base_weights import offloaded
 from hira.config.hira_config import check_config
 from hira.errors import HiraError
-from hira.layers.linear import HiraLayer
+from hira.layers.base import HiraLayer
 from hira.tuner.model import HiraModel, check_new_name, hira_layers, reporting_unmatched
 from hira.tuner.transaction import unchanged_on_error
 

@@ -20,10 +20,10 @@ from hira.config.hira_config import check_config, rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.layers.attention import check_not_offloaded
-from hira.layers.base import BASE, adapters_of_rows
+from hira.layers.base import BASE, HiraLayer, adapters_of_rows
+from hira.layers.conv import ConvNd
 from hira.layers.dispatch import dispatch
 from hira.layers.experts import check_targets
-from hira.layers.linear import ConvNd, HiraLayer
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, unwrapped
