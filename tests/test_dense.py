@@ -27,11 +27,12 @@ every_kind = pytest.mark.parametrize(("cls", "make", "shape"), KINDS.values(), i
 def test_reading(cls, make, shape):
     layer = make()
     storage = cls(layer)
-    assert storage.dequantize is None
+    saved, dequantize = storage.saved_for_backward()
+    assert dequantize is None
     assert storage.read().shape == shape
     assert torch.equal(storage.read().t() if cls is Transposed else storage.read(), layer.weight)
     # no copy
-    assert storage.read().data_ptr() == storage.kept().data_ptr() == layer.weight.data_ptr()
+    assert storage.read().data_ptr() == saved.data_ptr() == layer.weight.data_ptr()
     storage.read().sum().backward()
     assert layer.weight.grad.eq(1).all()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,14 +35,13 @@ def scope():
 @pytest.fixture
 def formed(monkeypatch):
     """The shapes of the weights that were formed, whole or a block at a time."""
-    shapes, block = [], effective_weight.block
+    shapes, form = [], effective_weight._formed
 
     def counted(W0, *args, **kwargs):
         shapes.append(tuple(W0.shape))
-        return block(W0, *args, **kwargs)
+        return form(W0, *args, **kwargs)
 
-    monkeypatch.setattr(effective_weight, "block", counted)
-    monkeypatch.setattr(sys.modules["hira.ops.linear"], "block", counted)
+    monkeypatch.setattr(effective_weight, "_formed", counted)
     return shapes
 
 

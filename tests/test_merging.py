@@ -178,7 +178,7 @@ def test_the_active_adapters_are_merged_by_default():
     layer.set_adapter(["a", "c"])
     layer.merge()
     assert layer.merged_adapters == ["a", "c"]
-    W0 = layer._record.original
+    W0 = layer.record.original
     delta = layer.hira_B["a"] @ layer.hira_A["a"] + layer.hira_B["c"] @ layer.hira_A["c"]
     torch.testing.assert_close(layer.get_base_layer().weight, W0 * (1 + delta), **EXACT)
 
@@ -193,7 +193,7 @@ def test_adapters_that_are_merged_already_stay_so():
     with pytest.warns(UserWarning, match=r"merged a.* merging b"):
         layer.merge(adapter_names=["a", "b"])
     assert layer.merged_adapters == ["a", "b"]
-    W0 = layer._record.original
+    W0 = layer.record.original
     delta = layer.hira_B["a"] @ layer.hira_A["a"] + layer.hira_B["b"] @ layer.hira_A["b"]
     torch.testing.assert_close(layer.get_base_layer().weight, W0 * (1 + delta), **EXACT)
 

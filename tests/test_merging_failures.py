@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hira import HiraError
+from hira.layers import merging
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 
@@ -30,7 +31,7 @@ def test_safe_merge_checks_every_layer_first(merge, value):
     assert len(layers(adapted)) == 3
     for layer in layers(adapted):
         assert not layer.merged
-        assert layer._record is None
+        assert layer.record is None
     with torch.no_grad():
         last.hira_B["default"][1, 1] = 0.5
     expected = [
@@ -51,7 +52,7 @@ def test_safe_merge_of_a_second_adapter():
         layer.merge(safe_merge=True, adapter_names=["b"])
     assert layer.get_base_layer().weight is merged
     assert layer.merged_adapters == ["a"]
-    layer.check_merge(["a", "c"])
+    merging.check_merge(layer, ["a", "c"])
 
 
 def test_a_safe_merge_of_a_second_adapter_is_checked_on_the_base_weight():
@@ -92,7 +93,7 @@ def test_a_failed_merge_leaves_nothing_behind(error, monkeypatch):
             adapted.merge_adapter()
     assert_same_state(adapted, before)
     for layer in layers(adapted):
-        assert (layer.merged, layer.merged_adapters, layer._record) == (False, [], None)
+        assert (layer.merged, layer.merged_adapters, layer.record) == (False, [], None)
     with torch.no_grad():
         for layer in layers(adapted):
             layer.get_base_layer().weight.mul_(2)  # a stale copy would be without this

@@ -358,8 +358,8 @@ def test_an_embedding_forms_the_rows_that_are_looked_up(base, monkeypatch):
     monkeypatch.setattr(effective_weight, "form", lambda *_, **__: pytest.fail("the whole table was formed"))
     rows: list[int] = []
     ops = sys.modules["hira.ops.embedding"]
-    modulation = ops._modulation
-    monkeypatch.setattr(ops, "_modulation", lambda found, *args: rows.append(len(found)) or modulation(found, *args))
+    product = ops._product
+    monkeypatch.setattr(ops, "_product", lambda found, *args: rows.append(len(found)) or product(found, *args))
     layer(ids()).sum().backward()
     assert rows
     assert set(rows) == {ids().numel()}

@@ -29,11 +29,10 @@ class Aqlm(ReadOnly):
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return (type(self.layer).forward,)
 
-    @property
-    def dequantize(self) -> Dequantize:
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
         layer = self.layer
         codebooks, scales = layer.codebooks.detach(), layer.scales.detach()
-        return partial(_dequantize, layer=layer, codebooks=codebooks, scales=scales)
+        return self.stored, partial(_dequantize, layer=layer, codebooks=codebooks, scales=scales)
 
 
 def _dequantize(codes: Tensor, layer: Any, codebooks: Tensor, scales: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How a base layer's weight is read, written and restored: one small class for each way of storing it.
 
-A layer needs four things of its base weight. What autograd should keep of it for backward (`kept`, and `dequantize`,
-which turns that into W0), W0 itself (`read`), a merged weight put in its place (`write`), and the way back (`snapshot`
-and `restore`). Nothing else in this package touches a base weight.
+A layer needs four things of its base weight. What autograd saves of it for backward, and what turns that into W0
+(`saved_for_backward`); W0 itself (`read`); a merged weight put in its place (`write`); and the way back (`snapshot` and
+`restore`). Nothing else in this package touches a base weight.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Storage:
 
     # whether the layer's own forward computes with a dense weight in the place of the stored one
     takes_dense: ClassVar[bool] = True
+    # whether the stored weight is dense, so that it can be fetched from where accelerate keeps it
+    is_dense: ClassVar[bool] = True
     # whether a state dict has the stored weight as one entry, the parameter
     is_one_parameter: ClassVar[bool] = True
 
@@ -75,19 +77,13 @@ class Storage:
         return getattr(self.layer, self.name)
 
     @property
-    def dequantize(self) -> Dequantize | None:
-        """What turns `kept()` into W0, or None where that is W0 itself."""
-        away = offloaded.away(self.layer, self.name)
-        return self._orienting() if away is None else lambda placeholder: self._oriented(away.fetch(placeholder))
-
-    @property
     def bias(self) -> Tensor | None:
         """The layer's bias."""
         bias: Tensor | None = self.layer.bias
         return bias if bias is None or not bias.is_meta else offloaded.present(self.layer, "bias")
 
-    def kept(self) -> Tensor:
-        """The tensor that autograd keeps for backward: W0 as it is stored, oriented (out, in)."""
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize | None]:
+        """The tensor that autograd saves, and what turns it into W0; None where it is W0 itself, oriented (out, in)."""
         stored = self.stored
         if is_dtensor(stored):
             raise HiraError(
@@ -95,18 +91,18 @@ class Storage:
                 f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
                 "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
             )
-        return stored if self._orienting() else self._oriented(stored)
-
-    def _orienting(self) -> Dequantize | None:
-        """What orients the weight where autograd should keep it as it is stored; None where `kept` does."""
-        return None
+        elsewhere = offloaded.away(self.layer, self.name) if offloaded.is_hooked(self.layer) else None
+        if elsewhere is None:
+            return self._oriented(stored), None
+        return self._oriented(stored), lambda placeholder: self._oriented(elsewhere.fetch(placeholder))
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight
 
     def read(self) -> Tensor:
         """W0, dense, oriented (out, in, *kernel)."""
-        return self.kept() if self.dequantize is None else self.dequantize(self.kept())
+        saved, dequantize = self.saved_for_backward()
+        return saved if dequantize is None else dequantize(saved)
 
     def write(self, weight: Tensor) -> None:
         """Put a dense weight, oriented as `read` gives it, in the place of the stored one."""
@@ -142,7 +138,7 @@ class Storage:
 
     def check_here(self) -> None:
         """Raise a HiraError if accelerate keeps the weight elsewhere in a form that cannot be brought in."""
-        if type(self).dequantize is not Storage.dequantize and offloaded.source(self.layer) is not None:
+        if not self.is_dense and offloaded.source(self.layer) is not None:
             raise HiraError(
                 f"accelerate offloads the weight of {type(self.layer).__name__}, which is quantised; HiRA brings in "
                 "dense weights only. Leave this module on its device in the device map, or out of target_modules."
@@ -169,9 +165,11 @@ class Storage:
 class Transposed(Storage):
     """A weight held as (in, out), as in a transformers `Conv1D` and wherever `fan_in_fan_out` says so."""
 
-    def _orienting(self) -> Dequantize | None:
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize | None]:
         # ZeRO-3 frees a weight by giving the parameter other data; a view would keep the old
-        return Tensor.t if hasattr(self.stored, "ds_id") and not self.stored.requires_grad else None
+        if hasattr(self.stored, "ds_id") and not self.stored.requires_grad:
+            return self.stored, Tensor.t
+        return super().saved_for_backward()
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -184,6 +182,7 @@ class ReadOnly(Storage):
     """A weight that can be read but not written, such as one that is quantised by calibration."""
 
     takes_dense = False
+    is_dense = False
 
     def snapshot(self) -> Any:
         raise HiraError(

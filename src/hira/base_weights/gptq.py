@@ -43,9 +43,8 @@ class Gptq(ReadOnly):
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return (type(self.layer).forward,)
 
-    @property
-    def dequantize(self) -> Dequantize:
-        return partial(_dequantize, layer=self.layer)
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
+        return self.stored, partial(_dequantize, layer=self.layer)
 
 
 def _dequantize(codes: Tensor, layer: Any) -> Tensor:

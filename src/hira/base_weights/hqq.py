@@ -18,6 +18,7 @@ class Hqq(Storage):
     """Codes of 1 to 8 bits in an `HQQLinear`, with a scale and a zero point for each group of entries."""
 
     takes_dense = False
+    is_dense = False
     is_one_parameter = False
 
     def __init__(self, layer: nn.Module) -> None:
@@ -32,9 +33,8 @@ class Hqq(Storage):
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return (type(self.layer).forward,)  # that of the backend in use
 
-    @property
-    def dequantize(self) -> Dequantize:
-        return partial(_dequantize, meta=self.layer.meta)
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
+        return self.stored, partial(_dequantize, meta=self.layer.meta)
 
     def write(self, weight: Tensor) -> None:
         layer = self.layer

@@ -18,14 +18,15 @@ class Torchao(Storage):
     A weight whose layer rounds x to 8 bits as well is not served: torchao gives x no gradient there.
     """
 
+    is_dense = False
+
     @classmethod
     def serves(cls, layer: Any, name: str = "weight") -> bool:
         weight = getattr(layer, name, None)
         return isinstance(layer, nn.Linear) and _quantise_as(weight) is not None
 
-    @property
-    def dequantize(self) -> Dequantize:
-        return _dequantize
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
+        return self.stored, _dequantize
 
     def write(self, weight: Tensor) -> None:
         old = self.stored

@@ -14,6 +14,7 @@ from hira.base_weights.dense import Storage
 from hira.config.hira_config import rank_of
 from hira.distributed.detection import check_is_here
 from hira.errors import HiraError
+from hira.layers import merging
 from hira.layers.base import HiraLayer
 from hira.layers.linear import Linear
 from hira.layers.substitution import exclusive, substituted
@@ -62,10 +63,8 @@ class MultiheadAttention(HiraLayer):
         out_features, in_features = base.in_proj_weight.shape
         return in_features, out_features
 
-    @property
-    def storage(self) -> Storage:
-        """Access to the packed weight of the projections of query, key and value."""
-        return Storage(self.get_base_layer(), "in_proj_weight")
+    def _storage_of(self, base: nn.Module) -> Storage:
+        return Storage(base, "in_proj_weight")
 
     # Adapters
 
@@ -96,7 +95,7 @@ class MultiheadAttention(HiraLayer):
         names = self._applied()
         if not names:
             return self.storage.read()
-        return self._effective_weight(self._read_original(), *self._factors(names))
+        return self._effective_weight(merging.read_original(self), *self._factors(names))
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -159,7 +158,7 @@ class MultiheadAttention(HiraLayer):
         output = self.get_base_layer().out_proj
         adapted = isinstance(output, HiraLayer)
         if adapted and merge and safe_merge:
-            output.check_merge(adapter_names)
+            merging.check_merge(output, adapter_names)
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if adapted:
             base.out_proj = output.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
@@ -187,7 +186,7 @@ def _form(layer: HiraLayer, query: Tensor) -> Formed | None:
     names = layer._applied()
     if not names:
         return None
-    W0 = layer._read_original()
+    W0 = merging.read_original(layer)
     return formed(W0, *layer._factors(names), product_dtype(query, W0.dtype))
 
 

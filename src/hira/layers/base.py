@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial, reduce
 from numbers import Real
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -18,26 +15,16 @@ from torch import Tensor, nn
 
 from hira import ops
 from hira.base_weights import offloaded
-from hira.base_weights.dense import Storage, Transposed
+from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
-from hira.distributed.detection import is_dtensor, only_gathers
 from hira.errors import HiraError
-from hira.layers.lazy_weight import Expert, weight_of_layer
-from hira.layers.merging import MergeableLayer
-from hira.layers.sharded import ShardedLayer
-from hira.layers.substitution import exclusive, substituted
+from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
-from hira.ops.recompute import formed, recomputed
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
 
-BASE = "__base__"  # in adapter_names, a row of a mixed batch without an adapter
-# the adapter_names of the mixed batch that a model computes
-adapters_of_rows: ContextVar[list[str] | None] = ContextVar("adapters_of_rows", default=None)
-_CALL = nn.Module._call_impl.__code__
 
-
-class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
+class HiraLayer(nn.Module, BaseTunerLayer):
     """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
 
     Active adapters add up, ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)``, which is one adapter of the summed rank, so they
@@ -68,6 +55,8 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        # the module's name in the model, for messages
+        self.name = ""
         self.r: dict[str, int] = {}
         self.hira_dropout = nn.ModuleDict()
         self.weight_gradient: dict[str, str] = {}
@@ -77,12 +66,33 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         self.hira_embedding_A = nn.ParameterDict()
         self.hira_embedding_B = nn.ParameterDict()
         self._disable_adapters = False
-        self._init_merging()
-        self._init_sharding()
+        # what is merged into the base weight; see `merging`
+        self.merged_adapters: list[str] = []
+        self.merged_scaling: dict[str, float] = {}
+        self.record: merging.Record | None = None
+        self.others_merged = False
+        self.register_load_state_dict_post_hook(merging.settle_after_loading)
+        # adapters which tensor parallelism has made equal on all processes
+        self.equal_on_all_processes: set[str] = set()
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
         self.in_features, self.out_features = self._features(self.get_base_layer())
+
+    def get_base_layer(self) -> Any:
+        """Return the layer that is adapted, below other tuners' layers too; PEFT's own walk is slow."""
+        base: Any = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
+
+    @property
+    def storage(self) -> Storage:
+        """Access to the base weight; made once for each base layer."""
+        base, storage = self.get_base_layer(), self.__dict__.get("_storage")
+        if storage is None or storage.layer is not base:
+            storage = self._storage = self._storage_of(base)
+        return storage
 
     # What a kind of layer defines
 
@@ -90,10 +100,8 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def _features(base: Any) -> tuple[int, int]:
         raise NotImplementedError
 
-    @property
-    def storage(self) -> Storage:
-        """Access to the base weight."""
-        return self.storage_type(self.get_base_layer())
+    def _storage_of(self, base: nn.Module) -> Storage:
+        return self.storage_type(base)
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (r, self.in_features), (self.out_features, r)
@@ -105,12 +113,12 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         nn.init.zeros_(B)
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """The layer's output with W' in the place of W0."""
+    def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The layer's output with W' of some adapters in the place of W0."""
         raise NotImplementedError
 
-    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
-        """What the adapter adds to the base layer's output."""
+    def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
+        """What some adapters add to the base layer's output."""
         raise NotImplementedError
 
     def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,16 +158,16 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
         self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
-        self._equal_on_all_processes.discard(adapter_name)
+        self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
-        """Start an adapter anew, in place, as `init_weights` says (False leaves it as it is)."""
+        """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
         check_init_weights(init_weights)
         if init_weights is not False and adapter_name in self._factor_dicts[0]:
             A, B = (factors[adapter_name] for factors in self._factor_dicts)
-            self._equal_on_all_processes.discard(adapter_name)
+            self.equal_on_all_processes.discard(adapter_name)
             with torch.no_grad():
                 self._init_factors(A, B, self.r[adapter_name], init_weights)
 
@@ -187,6 +195,8 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         device = offloaded.execution_device(base) if offloaded.source(base) is not None else stored.device
         return torch.device(device), getattr(base, "compute_dtype", stored.dtype)
 
+    # Factors
+
     @property
     def _factor_dicts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
         A, B = self.factor_names
@@ -197,38 +207,37 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             factors[adapter_name] = value
 
     def _present(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._factor_dicts[0]]
+        return [name for name in names if name in self.r]
+
+    def _applied(self) -> list[str]:
+        """The adapters with which a forward forms W' of W0; none where the base layer's present weight will do.
+
+        Merged adapters act through the weight. Where only some of the active ones are merged, all of both act on W0.
+        """
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return []
+        active = self._present(self.active_adapters)
+        if self.record is None:
+            return active
+        if all(name in self.merged_adapters for name in active):
+            return []
+        merging.settle(self, by_value=False)  # which forgets the merge if the base weight was replaced
+        return [*self.merged_adapters, *(name for name in active if name not in self.merged_adapters)]
+
+    def _dropped(self, names: Sequence[str]) -> list[str]:
+        """Of some adapters, those whose dropout acts."""
+        dropouts = self.hira_dropout._modules
+        return [name for name in names if acts(dropouts[name])]
 
     def _factor(self, factors: nn.ParameterDict, name: str) -> Tensor:
-        """A or B of an adapter, brought in if it was offloaded."""
+        """A or B of an adapter, fetched if it is offloaded."""
         factor: Tensor = getattr(factors, name)
         if factor.is_meta:
             offloaded.check_can_train(factors, name)
             factor = offloaded.present(factors, name)
         return factor
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """The module's state, with W0 while adapters are merged too, and with adapters that accelerate offloads."""
-        self._settle(by_value=False)
-        if self._record is None or self.storage.is_one_parameter:
-            state = super().state_dict(*args, prefix=prefix, **kwargs)
-            self._put_W0(state, prefix)
-        else:
-            with self.holding_W0():
-                state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for attribute in self.adapter_layer_names:
-            offloaded.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
-        return state
-
-    def _put_W0(self, state: dict[str, Any], prefix: str) -> None:
-        """Put W0 in the place of a merged weight; the layer itself is not touched, as other threads may run it."""
-        storage, layer, path = self.storage, self.base_layer, f"{prefix}base_layer."
-        while isinstance(layer, BaseTunerLayer):
-            layer, path = layer.base_layer, f"{path}base_layer."
-        key = f"{path}{storage.name}"
-        if self._record is not None and key in state and offloaded.source(storage.layer) is None:
-            W0 = storage.value_of(self._record.original)
-            state[key] = W0 if state[key].requires_grad else W0.detach()
 
     def _scale(self, name: str) -> float:
         return self.merged_scaling.get(name, self.scaling[name])
@@ -264,58 +273,105 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
         A, B = self._factors([adapter])
-        W0 = self._stored_orientation(self._read_original().detach())
+        W0 = self._stored_orientation(merging.read_original(self).detach())
         dtype = formation_dtype(W0.dtype)
         return (self._delta(A.to(dtype), B.to(dtype)) * W0).to(W0.dtype)
 
     def _stored_orientation(self, W0: Tensor) -> Tensor:
         return W0
 
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the layer's output under the active adapters.
+
+        Args:
+            x: the base layer's input.
+            adapter_names: for inference, one adapter name for each row of x's first dimension, "__base__" for none;
+                each adapter in it costs one product over its rows.
+
+        Returns:
+            The base layer's output with W' for W0.
+
+        Raises:
+            HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
+        """
+        base = self.get_base_layer()
+        if offloaded.is_hooked(base):
+            # whoever offloads a model may have made the hook's values of a state dict
+            merging.settle(self, by_value=False)
+            y = self._output(offloaded.place(x, base), adapter_names, args, kwargs)
+            return y.to(x.device) if offloaded.returns_output(base) else y
+        return self._output(x, adapter_names, args, kwargs)
+
+    def _output(self, x: Tensor, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Tensor:
+        if adapter_names is not None and not self._disable_adapters:
+            return mixed_batch.output(self, x, adapter_names, *args, **kwargs)
+        names = self._applied()
+        if self.record is not None and names:
+            y: Tensor = base_layer_call.output_beside_merged(self, x, names, *args, **kwargs)
+            return y
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output under some adapters: one product, where the base layer's own call is one product and no more."""
+        if not names:
+            return self._base_output(x, *args, **kwargs)
+        storage = self.storage
+        if storage.stored.is_meta:
+            offloaded.check_reachable(storage.layer, storage.stored, x)
+        if args or kwargs or not self._is_plain():
+            return base_layer_call.output(self, x, names, *args, **kwargs)
+        return self._combined(x, names, partial(self._base_output, x))
+
+    def _combined(self, x: Tensor, names: Sequence[str], base_output: Callable[[], Tensor]) -> Tensor:
+        """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
+        dropped = self._dropped(names)
+        if not dropped:
+            return self._product(x, names)
+        others = [name for name in names if name not in dropped]
+        y = self._product(x, others) if others else base_output()
+        return self._with_updates(y, x, dropped)
+
+    def _with_updates(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The base layer's output y and what some adapters add to it."""
+        dropped = self._dropped(names)
+        if others := [name for name in names if name not in dropped]:
+            y = y + self._update(x, others).to(y.dtype)
+        for name in dropped:
+            y = y + self._update(x, [name], self.hira_dropout[name]).to(y.dtype)
+        return y
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer's own call is the product with its weight, and nothing else happens in it."""
+        return base_layer_call.is_plain(self.base_layer, self.storage)
+
+    def _substituted(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """A context in which the base layer finds W' of some adapters for its weight; autograd keeps W0, A and B."""
+        return base_layer_call.substituted_weight(self, names)
+
+    def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapter changes of the output of the base layer's own call, on the input that dropout leaves."""
+        return base_layer_call.change(self, name, self.hira_dropout[name](x), *args, **kwargs)
+
+    def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The outputs for the rows of each adapter of a mixed batch, in the order of the adapters."""
+        return [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]
+
+    # What a model reads instead of calling the layer
+
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; W' where a model's forward reads it instead of calling the layer."""
-        return self._read_by_model("weight")
+        return weight_access.parameter(self, "weight")
 
-    def _read_by_model(self, name: str) -> Tensor:
-        """A parameter of the base layer, or W' if that is the adapted one and a forward reads it."""
-        storage = self.storage
-        if name == storage.name and storage.takes_dense and (self.weight_is_read or _is_in_a_call()):
-            names = self._applied()
-            if self.weight_is_read or torch.compiler.is_compiling():
-                if names:
-                    return self._stored_orientation(
-                        self._effective_weight(self._read_original(), *self._factors(names))
-                    )
-            elif (rows := adapters_of_rows.get()) is not None and any(self._present([row]) != names for row in rows):
-                return self._lazy_weight(list(self._factor_dicts[0]), partial(self._refuse_rows, names))
-            elif names:
-                return self._lazy_weight(names)
-        weight: Tensor = getattr(self._modules["base_layer"], name)
-        return weight
-
-    def _lazy_weight(self, names: list[str], dequantize: Dequantize | None = None) -> Tensor:
-        """W' that is formed where it is multiplied by: often a forward reads no more than its dtype."""
-        with self.holding_W0() if self._record is not None else nullcontext():
-            storage = self.storage
-            stored, brings_in = storage.stored, dequantize or storage.dequantize
-            if is_dtensor(stored):
-                brings_in = lambda _: storage.kept()  # noqa: E731  # which says why it cannot be read
-            else:
-                stored = storage.kept()
-        A, B = self._factors(names)
-        expert = Expert(*self._matrices(stored, A, B))
-        if brings_in is not None:
-            fetch = brings_in
-            expert = expert._replace(dequantize=lambda _: self._matrices(fetch(stored), A, B)[0])
-        return weight_of_layer(
-            expert, transposed=isinstance(storage, Transposed), kernel=stored.shape if stored.dim() > 2 else None
-        )
-
-    def _refuse_rows(self, active: list[str], stored: Tensor) -> Tensor:
-        raise HiraError(
-            f"adapter_names asks for other adapters than the active {active}, but the model multiplies by the weight "
-            f"of {self.name or 'a layer'} itself, which is one for all rows; set the adapter and pass no names."
-        )
+    def _lazy_weight(self, names: Sequence[str], dequantize: Dequantize | None = None) -> Tensor:
+        """W' of some adapters, formed where it is multiplied by; `dequantize` reads W0 in the place of the storage."""
+        return weight_access.lazy_weight(self, names, dequantize)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -326,6 +382,56 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
             return getattr(self._modules["base_layer"], name)
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W', formed as the forward forms it, in the place of the base weight, and keep W0 to restore it.
+
+        Args:
+            safe_merge: check that W' is finite before anything is changed.
+            adapter_names: the adapters to merge; the active ones by default. Adapters that are merged already stay
+                merged: W' is formed again from W0 with all of them.
+
+        Raises:
+            HiraError: with `safe_merge`, W' is not finite; nothing is changed.
+        """
+        merging.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit. A base weight that was loaded while merged is kept instead, as the new W0."""
+        merging.unmerge(self)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged if asked for, without keeping a copy of W0; PEFT calls this to unload."""
+        return merging.unload(self, merge, safe_merge, adapter_names)
+
+    # Checkpoints
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """The module's state, with W0 while adapters are merged too, and with adapters that accelerate offloads."""
+        merging.settle(self, by_value=False)
+        if self.record is None or self.storage.is_one_parameter:
+            state = super().state_dict(*args, prefix=prefix, **kwargs)
+            self._put_W0(state, prefix)
+        else:
+            with merging.holding_W0(self):
+                state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for attribute in self.adapter_layer_names:
+            offloaded.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
+        return state
+
+    def _put_W0(self, state: dict[str, Any], prefix: str) -> None:
+        """Put W0 in the place of a merged weight; the layer itself is not touched, as other threads may run it."""
+        storage, layer, path = self.storage, self.base_layer, f"{prefix}base_layer."
+        while isinstance(layer, BaseTunerLayer):
+            layer, path = layer.base_layer, f"{path}base_layer."
+        key = f"{path}{storage.name}"
+        if self.record is not None and key in state and offloaded.source(storage.layer) is None:
+            W0 = storage.value_of(self.record.original)
+            state[key] = W0 if state[key].requires_grad else W0.detach()
 
     # Scales
 
@@ -356,6 +462,8 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         for name in self._present(self.active_adapters):
             self.scaling[name] = 1 if scale is None else self.scaling[name] / scale
 
+    # What PEFT and Python ask of a layer
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's generic conversion takes `get_delta_weight` for an additive update, which BA is not."""
         return False
@@ -376,204 +484,13 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """Name the package: the layers of PEFT's own HiRA print as `hira.Linear` too."""
         return f"hira {__version__}"
 
-    # Forward
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Return the layer's output under the active adapters.
-
-        Args:
-            x: the base layer's input.
-            adapter_names: for inference, one adapter name for each row of x's first dimension, "__base__" for none;
-                each adapter in it costs one product over its rows.
-
-        Returns:
-            The base layer's output with W' for W0.
-
-        Raises:
-            HiraError: `adapter_names` is not of x's length, or is passed while adapters are merged.
-        """
-        y: Tensor
-        base, given = self.get_base_layer(), x.device
-        if offloaded.is_hooked(base):
-            self._settle(by_value=False)  # whoever offloads a model may have made the hook's values of a state dict
-            x = offloaded.place(x, base)
-        if adapter_names is not None and not self.disable_adapters:
-            y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        elif names := self._applied():
-            output = self._active if self._record is None else self._beside_merged
-            y = output(x, names, *args, **kwargs)
-        else:
-            y = self._base_output(x, *args, **kwargs)
-        return y.to(given) if offloaded.is_hooked(base) and offloaded.returns_output(base) else y
-
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        return y
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _beside_merged(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The output under adapters of which some are merged, that of W0 with all of them; compiled, a graph break."""
-        if not self.others_merged:
-            with self.holding_W0():
-                return self._active(x, names, *args, **kwargs)
-        if self.storage.takes_dense and not self._is_plain(self.get_base_layer()):
-            raise HiraError(
-                f"Of {names} in {self.name or 'a layer'}, which has a forward of its own, only {self.merged_adapters} "
-                "are merged, and so are adapters of another tuner. Merge all active adapters, or unmerge first."
-            )
-        y = self._base_output(x, *args, **kwargs)
-        with self.holding_W0():
-            return self._with_updates(y, x, [name for name in names if name not in self.merged_adapters])
-
-    def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The output under the active adapters; a kind of layer may find it sooner than `_adapted` would."""
-        return self._adapted(x, names, *args, **kwargs)
-
-    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The output under some adapters: one product where the base layer is plain, or its call has one."""
-        base_output = partial(self._base_output, x, *args, **kwargs)
-        if not names:
-            return base_output()
-        offloaded.check_reachable(self.get_base_layer(), self.storage.stored, x)
-        if self._runs_inside():
-            y, met = self._inside(names, base_output)
-            return y if met else self._with_updates(y, x, names)
-        if self._is_plain() and not (args or kwargs):
-            return self._combined(x, names, base_output)
-        if not self.storage.takes_dense:
-            return self._with_updates(base_output(), x, names)
-        plain = self._has_one_product() and offloaded.is_own_forward(self.get_base_layer())
-        if plain and any(map(self._drops, names)):
-            # what is around the plain layer, hooks and another tuner's dropout, runs once
-            if torch.compiler.is_compiling():
-                return self._with_updates(base_output(), x, names)
-            y, met = self._inside(names, base_output)
-            return y if met else self._with_updates(y, x, names)
-        y = self._called([name for name in names if not self._drops(name)], x, *args, **kwargs)
-        for name in names:
-            if self._drops(name):
-                y = y + self._dropped_change(name, x, *args, **kwargs)
-        return y
-
-    def _called(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own call, in which it finds W' of some adapters in the place of its weight."""
-        if not names:
-            return self._base_output(x, *args, **kwargs)
-        storage, factors = self.storage, self._factors(names)
-        with exclusive(storage.layer), ExitStack() as stack:
-            if storage.is_computed_by_hook():
-                # the weight to adapt is there once the layer's hooks have run, of which this is the last
-                stack.enter_context(substituted(storage.layer, **{storage.name: storage.stored}))
-                hook = partial(self._substitute_computed, factors)
-                stack.callback(storage.layer.register_forward_pre_hook(hook).remove)
-            else:
-                stack.enter_context(self._substituted(*factors))
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
-
-    @contextmanager
-    def _substituted(self, A: Tensor, B: Tensor) -> Iterator[None]:
-        """Have the base layer find W' for its weight; autograd keeps W0, A and B of it."""
-        storage = self.storage
-        W0 = storage.read()
-        weight = formed(*self._matrices(W0, A, B))
-        stored = self._stored_orientation(weight.weight.view(W0.shape))
-        with substituted(storage.layer, **{storage.name: stored}), recomputed(weight):
-            yield
-
-    def _substitute_computed(self, factors: tuple[Tensor, Tensor], layer: nn.Module, args: Any) -> None:
-        weight = self._effective_weight(self.storage.read(), *factors)
-        layer.__dict__[self.storage.name] = self._stored_orientation(weight)
-
-    def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What an adapter changes of the output of the base layer's own call, on the input that dropout leaves."""
-        return self._change(name, self.hira_dropout[name](x), *args, **kwargs)
-
-    def _change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What an adapter changes of the base layer's output, both computed with the same random numbers."""
-        with _random_numbers_again(x.device):
-            adapted = self._called([name], x, *args, **kwargs)
-        return adapted - self._base_output(x, *args, **kwargs)
-
-    def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
-        """The output of a plain layer: one product for the adapters without dropout, one more for each with it."""
-        steady = [name for name in names if not self._drops(name)]
-        y = self._product(x, *self._factors(steady)) if steady else base_output()
-        return self._with_updates(y, x, [name for name in names if name not in steady])
-
-    def _with_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        steady = [name for name in names if not self._drops(name)]
-        if steady:
-            y = y + self._update(x, *self._factors(steady)).to(y.dtype)
-        for name in (name for name in names if name not in steady):
-            y = y + self._update(x, *self._factors([name]), self.hira_dropout[name]).to(y.dtype)
-        return y
-
-    def _drops(self, name: str) -> bool:
-        dropout = self.hira_dropout[name]
-        return dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-
-    def _is_one_product(self, names: list[str], args: Any, kwargs: Any) -> bool:
-        """Whether the output under some adapters is that of the plain forward with W', and nothing else."""
-        plain = not (args or kwargs or self._runs_inside()) and self._is_plain()
-        return plain and bool(names) and not any(self._drops(name) for name in names)
-
-    def _is_plain(self, base: nn.Module | None = None) -> bool:
-        """Whether a layer, the one inside by default, does no more than the forward of its type."""
-        base = self.base_layer if base is None else base
-        if type(base).forward not in self.storage.plain_forwards or not offloaded.is_own_forward(base):
-            return False
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        return not any(hooks) or all(only_gathers(hook) for kind in hooks for hook in kind.values())
-
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged:
-            raise HiraError(
-                f"adapter_names was passed while {self.merged_adapters} are merged into {self.name or 'a layer'}; call "
-                "unmerge_adapter() first."
-            )
-        if len(adapter_names) != len(x):
-            raise HiraError(
-                f"adapter_names names {len(adapter_names)} rows, but {self.name or 'a layer'} got {len(x)}; pass one "
-                "name for each sample of the batch."
-            )
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            rows.setdefault(name if name in self._factor_dicts[0] else BASE, []).append(row)
-        self._check_mixed_batch(rows)
-        if len(rows) == 1:
-            return self._adapted(x, self._present(list(rows)), *args, **kwargs)
-        parts = self._mixed_parts(x, rows, *args, **kwargs)
-        order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
-        return torch.cat(parts)[torch.argsort(order)]
-
-    def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
-        """The outputs for the rows of each adapter, in the order of the adapters."""
-        return [self._adapted(x[rows[name]], self._present([name]), *args, **kwargs) for name in rows]
+def acts(dropout: nn.Module) -> bool:
+    """Whether a dropout changes its input now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def _check_scale(scale: Any, nonzero: bool = False) -> None:
     if not isinstance(scale, Real) or not math.isfinite(scale) or (nonzero and scale == 0):
         expected = f"a finite number{' other than 0' if nonzero else ''}"
         raise HiraError(f"The scale of an adapter must be {expected}, but is {scale!r}.")
-
-
-def _random_numbers_again(device: torch.device) -> AbstractContextManager[None]:
-    """A context behind which random numbers are those of its body again."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
-
-def _is_in_a_call() -> bool:
-    """Whether a module is being called: only then is a weight read to compute with; else to load, tie or resize it."""
-    if torch.compiler.is_compiling():
-        return True
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            return True
-        frame = frame.f_back
-    return False

@@ -36,6 +36,7 @@ class Packed4bit(Storage):
     """
 
     takes_dense = False
+    is_dense = False
     is_one_parameter = False
 
     @property
@@ -47,10 +48,9 @@ class Packed4bit(Storage):
         dtype: torch.dtype | None = self.layer.compute_dtype
         return dtype
 
-    @property
-    def dequantize(self) -> Dequantize:
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
         state = getattr(self.layer.weight, "quant_state", None)
-        return partial(_dequantize_4bit, state=_quantised(state, self.layer))
+        return self.stored, partial(_dequantize_4bit, state=_quantised(state, self.layer))
 
     def write(self, weight: Tensor) -> None:
         old = self.layer.weight
@@ -109,17 +109,17 @@ class RowwiseInt8(Storage):
     """
 
     takes_dense = False
+    is_dense = False
     is_one_parameter = False
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
         return ()
 
-    @property
-    def dequantize(self) -> Dequantize:
-        return partial(_dequantize_8bit, scales=self._scales())
+    def saved_for_backward(self) -> tuple[Tensor, Dequantize]:
+        return self._codes(), partial(_dequantize_8bit, scales=self._scales())
 
-    def kept(self) -> Tensor:
+    def _codes(self) -> Tensor:
         state = self.layer.state
         codes: Tensor = self.layer.weight.data if state.CB is None else state.CB
         return codes
@@ -131,7 +131,7 @@ class RowwiseInt8(Storage):
         self._install(_Int8Snapshot(new, new.CB, new.SCB))
 
     def snapshot(self) -> _Int8Snapshot:
-        return _Int8Snapshot(self.layer.weight, self.kept(), self._scales())
+        return _Int8Snapshot(self.layer.weight, self._codes(), self._scales())
 
     def restore(self, snapshot: Any) -> None:
         device = self.layer.weight.device
@@ -198,7 +198,7 @@ class Linear4bit(Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int | None = None) -> None:
         super().__init__(base_layer, adapter_name, config, r)
-        storage = Packed4bit(self.get_base_layer())
+        storage: Any = self.storage
         storage.prevent_repacking()
         storage.unpack()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -46,15 +47,16 @@ class ConvNd(HiraLayer):
         _, *rest = self.get_base_layer().weight.shape
         return (r, *rest), (self.out_features, r, *(1 for _ in rest[1:]))
 
-    def _convolve(self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, *, update_only: bool) -> Tensor:
+    def _convolve(self, x: Tensor, names: Sequence[str], bias: Tensor | None, *, update_only: bool = False) -> Tensor:
         base = self.get_base_layer()
         padding, pad = _padding(base)
         if pad is not None:
             x = F.pad(x, pad, mode="constant" if base.padding_mode == "zeros" else base.padding_mode)
-        storage = self.storage
+        W0, dequantize = self.storage.saved_for_backward()
+        A, B = self._factors(names)
         return ops.conv(
             x,
-            storage.kept(),
+            W0,
             A,
             B,
             bias,
@@ -63,18 +65,14 @@ class ConvNd(HiraLayer):
             dilation=base.dilation,
             groups=base.groups,
             update_only=update_only,
-            dequantize=storage.dequantize,
+            dequantize=dequantize,
         )
 
-    def _has_one_product(self) -> bool:
-        # padding other than with zeros is on x before it arrives there
-        return self.get_base_layer().padding_mode == "zeros" and super()._has_one_product()
+    def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        return self._convolve(x, names, self.storage.bias)
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._convolve(x, A, B, self.storage.bias, update_only=False)
-
-    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
-        return self._convolve(x if dropout is None else dropout(x), A, B, None, update_only=True)
+    def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
+        return self._convolve(x if dropout is None else dropout(x), names, None, update_only=True)
 
     def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return W0.flatten(1), A.flatten(1), B.flatten(1)

@@ -18,11 +18,11 @@ from hira.base_weights.torchao import Torchao
 from hira.distributed.detection import spread
 from hira.errors import HiraError
 from hira.layers.attention import dispatch_attention
-from hira.layers.bitsandbytes import dispatch_bnb_4bit, dispatch_bnb_8bit
-from hira.layers.experts import ParamWrapper
 from hira.layers.base import HiraLayer
+from hira.layers.bitsandbytes import dispatch_bnb_4bit, dispatch_bnb_8bit
 from hira.layers.conv import Conv1d, Conv2d, Conv3d
 from hira.layers.embedding import Embedding
+from hira.layers.experts import ParamWrapper
 from hira.layers.linear import Linear
 
 Dispatcher = Callable[..., nn.Module | None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hira import ops
 from hira.config.hira_config import InitWeights
+from hira.layers import base_layer_call
 from hira.layers.base import HiraLayer
 from hira.layers.lazy_weight import Expert, LazyWeight
 from hira.layers.substitution import substituted
@@ -55,22 +56,21 @@ class Embedding(HiraLayer):
         nn.init.zeros_(A)
         nn.init.normal_(B)
 
-    def _lookup(self, ids: Tensor, A: Tensor, B: Tensor, **options: Any) -> Tensor:
+    def _lookup(self, ids: Tensor, names: Sequence[str], **options: Any) -> Tensor:
         base = self.get_base_layer()
         return ops.embedding(
             ids,
             self.storage.read(),
-            A,
-            B,
+            *self._factors(names),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
             **options,
         )
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
-        return self._lookup(x, A, B, max_norm=base.max_norm, norm_type=base.norm_type)
+        return self._lookup(x, names, max_norm=base.max_norm, norm_type=base.norm_type)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; with `max_norm` it would rescale the frozen table in place."""
@@ -78,12 +78,12 @@ class Embedding(HiraLayer):
             return self._bounded(self._rows(x))
         return super()._base_output(x, *args, **kwargs)
 
-    def _combined(self, x: Tensor, names: list[str], base_output: Callable[[], Tensor]) -> Tensor:
-        if self.get_base_layer().max_norm is None or not any(self._drops(name) for name in names):
+    def _combined(self, x: Tensor, names: Sequence[str], base_output: Callable[[], Tensor]) -> Tensor:
+        if self.get_base_layer().max_norm is None or not self._dropped(names):
             return super()._combined(x, names, base_output)
         y = self._rows(x)
         for name in names:
-            y = y + self._update(x, *self._factors([name]), self.hira_dropout[name])
+            y = y + self._update(x, [name], self.hira_dropout[name])
         return self._bounded(y)
 
     def _bounds_norm(self, args: Any, kwargs: Any) -> bool:
@@ -99,9 +99,9 @@ class Embedding(HiraLayer):
         base = self.get_base_layer()
         return bound_norm(y, base.max_norm, base.norm_type)
 
-    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
+    def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
         keep = None if dropout is None else dropout(torch.ones(x.shape, device=x.device))
-        update = self._lookup(x, A, B, keep=keep, update_only=True)
+        update = self._lookup(x, names, keep=keep, update_only=True)
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)
 
@@ -109,19 +109,19 @@ class Embedding(HiraLayer):
         return W0, B.t(), A.t()
 
     @contextmanager
-    def _substituted(self, A: Tensor, B: Tensor) -> Iterator[None]:
-        """As of any layer, but W' is formed of the rows that are looked up, where the layer does no more with it."""
+    def _substituted(self, names: Sequence[str]) -> Iterator[None]:
+        """W' is formed of the rows that are looked up alone, where the base layer does no more with it."""
         if torch.compiler.is_compiling():
-            with super()._substituted(A, B):
+            with super()._substituted(names):
                 yield
             return
         storage = self.storage
-        table = LazyWeight([Expert(*self._matrices(storage.read(), A, B))], [0], stacked=False)
+        table = LazyWeight([Expert(*self._matrices(storage.read(), *self._factors(names)))], [0], stacked=False)
         with substituted(storage.layer, **{storage.name: table}):
             yield
 
     def _dropped_change(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        change = self._change(name, x, *args, **kwargs)
+        change = base_layer_call.change(self, name, x, *args, **kwargs)
         keep = self.hira_dropout[name](torch.ones(change.shape[:-1], device=change.device))
         dropped: Tensor = change * keep.unsqueeze(-1).to(change.dtype)
         return dropped

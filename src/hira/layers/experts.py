@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from hira.base_weights.dense import Storage
 from hira.base_weights.offloaded import Away
 from hira.distributed.detection import check_is_here
 from hira.errors import HiraError
-from hira.layers.base import BASE, HiraLayer
+from hira.layers import merging, weight_access
+from hira.layers.base import HiraLayer
 from hira.layers.lazy_weight import Expert, LazyWeight
+from hira.layers.mixed_batch import BASE
 from hira.layers.substitution import exclusive, substituted
 from hira.ops.linear import Dequantize
 
@@ -77,10 +79,8 @@ class ParamWrapper(HiraLayer):
                 )
         super().update_layer(adapter_name, r, config, **kwargs)
 
-    @property
-    def storage(self) -> Storage:
-        """Access to the parameter."""
-        return self.storage_type(self.get_base_layer(), self.parameter_name)
+    def _storage_of(self, base: nn.Module) -> Storage:
+        return self.storage_type(base, self.parameter_name)
 
     def _features(self, base: Any) -> tuple[int, int]:  # type: ignore[override]
         out_features, in_features = self.storage.stored.shape[-2:]
@@ -190,22 +190,24 @@ class ParamWrapper(HiraLayer):
             yield layer
             layer = layer.base_layer
 
-    def _weight(self, names: list[str]) -> Tensor:
+    def _weight(self, names: Sequence[str]) -> Tensor:
         """What the module is to find in the place of the parameter."""
         base = self.get_base_layer()
         check_is_here(base, self.parameter_name)
-        with self.holding_W0():
+        with merging.holding_W0(self):
             weight = self._lazy(self.storage.stored, *self._factors(names), offloaded.away(base, self.parameter_name))
         config = getattr(base, "config", None)
         return weight if getattr(config, "_experts_implementation", None) in FOLLOWED else weight.form()
 
-    def _lazy_weight(self, names: list[str], dequantize: Dequantize | None = None) -> Tensor:
+    def _lazy_weight(self, names: Sequence[str], dequantize: Dequantize | None = None) -> Tensor:
         if dequantize is not None:  # it refuses
             dequantize(self.storage.stored)
         return self._weight(names)
 
     def __getattr__(self, name: str) -> Any:
-        return self._read_by_model(name) if name == self.__dict__.get("parameter_name") else super().__getattr__(name)
+        if name == self.__dict__.get("parameter_name"):
+            return weight_access.parameter(self, name)
+        return super().__getattr__(name)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"(\n  (parameter_name): {self.parameter_name}", 1)

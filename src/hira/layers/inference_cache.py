@@ -54,6 +54,11 @@ class InferenceCache:
         return self._nbytes
 
     @property
+    def is_open(self) -> bool:
+        """Whether any thread keeps weights; cheap, as every forward asks."""
+        return bool(self._open)
+
+    @property
     def keeps(self) -> bool:
         """Whether weights are kept here: in this thread, in `generate` or `keep`."""
         return self._scope.entries is not None

@@ -1,7 +1,8 @@
-"""HiRA on linear layers: `nn.Linear`, transformers' `Conv1D`, and the quantised ones that store their weight otherwise."""
+"""HiRA on linear layers: `nn.Linear`, transformers' `Conv1D`, and quantised ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from hira import ops
 from hira.base_weights.dense import Storage, Transposed
 from hira.distributed.detection import spread
-from hira.layers.base import BASE, HiraLayer
+from hira.layers.base import HiraLayer
 from hira.layers.inference_cache import inference_cache
+from hira.layers.mixed_batch import BASE
 from hira.ops import effective_weight, heuristics
 from hira.ops.workspace import is_concrete
 
@@ -64,41 +66,41 @@ class Linear(HiraLayer):
             return base.weight.shape[0], base.weight.shape[1]
         return base.in_features, base.out_features
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._linear(x, A, B, self.storage.bias)
+    def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        if inference_cache.is_open and (weight := self._cached_weight(x, names)) is not None:
+            bias = self.storage.bias
+            return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
+        return self._linear(x, names, self.storage.bias)
 
-    def _update(self, x: Tensor, A: Tensor, B: Tensor, dropout: nn.Module | None = None) -> Tensor:
-        return self._linear(x if dropout is None else dropout(x), A, B, update_only=True)
+    def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
+        return self._linear(x if dropout is None else dropout(x), names, None, update_only=True)
 
-    def _linear(
-        self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, *, update_only: bool = False
-    ) -> Tensor:
+    def _linear(self, x: Tensor, names: Sequence[str], bias: Tensor | None, *, update_only: bool = False) -> Tensor:
         storage = self.storage
         dtype = storage.compute_dtype
+        W0, dequantize = storage.saved_for_backward()
+        A, B = self._factors(names)
         y = ops.linear(
             x if dtype is None else x.to(dtype),
-            storage.kept(),
+            W0,
             A,
             B,
             bias,
             update_only=update_only,
-            dequantize=storage.dequantize,
+            dequantize=dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
         )
         return y if dtype is None else y.to(x.dtype)
 
-    def _active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        keeps = not torch.compiler.is_compiling() and inference_cache.keeps
-        weight = self._kept_weight(x, names) if keeps and self._is_one_product(names, args, kwargs) else None
-        if weight is None:
-            return super()._active(x, names, *args, **kwargs)
-        bias = self.storage.bias
-        return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
-
-    def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
+    def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
+        if torch.compiler.is_compiling() or not inference_cache.keeps:
+            return None
         storage = self.storage
-        if torch.is_grad_enabled() or heuristics.plain() or spread(storage.layer) or storage.dequantize is not None:
+        if torch.is_grad_enabled() or heuristics.plain() or spread(storage.layer):
+            return None
+        W0, dequantize = storage.saved_for_backward()
+        if dequantize is not None:
             return None
         sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = effective_weight.product_dtype(x, sources[0].dtype)
@@ -112,19 +114,20 @@ class Linear(HiraLayer):
         weight = inference_cache.get(self, sources, scales, dtype)
         if weight is None and heuristics.keeps_weight(x):
             A, B = self._factors(names)
-            form = partial(effective_weight.form, storage.kept(), A, B, dtype)
+            form = partial(effective_weight.form, W0, A, B, dtype)
             weight = inference_cache.put(self, sources, scales, dtype, form)
         return weight
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
         single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
-        single = [name for name in single if self._is_one_product([name], args, kwargs)]
-        if len(single) < 2 or self.storage.dequantize is not None:
+        W0, dequantize = self.storage.saved_for_backward()
+        one_product = not (args or kwargs or dequantize or self._dropped(single)) and self._is_plain()
+        if len(single) < 2 or not one_product:
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
         factors = [self._factors([name]) for name in single]
-        y = ops.linear_each(tokens, self.storage.kept(), factors, self.storage.bias)
+        y = ops.linear_each(tokens, W0, factors, self.storage.bias)
         found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
         others = {name: rows[name] for name in rows if name not in found}
         found.update(zip(others, super()._mixed_parts(x, others), strict=True))

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hira.errors import HiraError
-from hira.layers.experts import ParamWrapper
 from hira.layers.base import HiraLayer
 from hira.layers.embedding import Embedding
+from hira.layers.experts import ParamWrapper
 from hira.tuner.model import hira_layers
 
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]

@@ -13,6 +13,7 @@ from torch import nn
 from hira.base_weights import offloaded
 from hira.config.hira_config import check_config
 from hira.errors import HiraError
+from hira.layers import merging
 from hira.layers.base import HiraLayer
 from hira.tuner.model import HiraModel, check_new_name, hira_layers, reporting_unmatched
 from hira.tuner.transaction import unchanged_on_error
@@ -55,13 +56,13 @@ class HiraMixedModel(MixedModel):
                 layer.unmerge()
             for layer in hira_layers(self.model):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            merging = [*again, *((layer, adapter_names) for layer in others if _merges(layer, adapter_names))]
-            bases = {id(layer.get_base_layer()) for layer, _ in merging}
+            to_merge = [*again, *((layer, adapter_names) for layer in others if _merges(layer, adapter_names))]
+            bases = {id(layer.get_base_layer()) for layer, _ in to_merge}
             for layer in hira_layers(self.model):
                 layer.others_merged = id(layer.get_base_layer()) in bases
                 if layer.others_merged:
-                    layer.keep_original()
-            for layer, names in merging:
+                    merging.keep_original(layer)
+            for layer, names in to_merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge_adapter(self) -> None:

@@ -19,11 +19,13 @@ from hira.base_weights import offloaded
 from hira.config.hira_config import check_config, rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
+from hira.layers import merging
 from hira.layers.attention import check_not_offloaded
-from hira.layers.base import BASE, HiraLayer, adapters_of_rows
+from hira.layers.base import HiraLayer
 from hira.layers.conv import ConvNd
 from hira.layers.dispatch import dispatch
 from hira.layers.experts import check_targets
+from hira.layers.mixed_batch import BASE, adapters_of_rows
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, unwrapped
@@ -213,7 +215,7 @@ class HiraModel(BaseTuner):
             except HiraError as error:
                 raise HiraError(f"{layer.name}: {error}") from error
             if safe_merge:
-                layer.check_merge(adapter_names)
+                merging.check_merge(layer, adapter_names)
 
     def _check_known(self, names: list[str]) -> None:
         known = set(self.peft_config).union(*(layer._get_available_adapters() for layer in hira_layers(self.model)))
@@ -268,7 +270,7 @@ class HiraModel(BaseTuner):
         if any(name in names for name in EMBEDDING_LAYER_NAMES for names in targets):
             with ExitStack() as stack:
                 for layer in hira_layers(self.model):
-                    stack.enter_context(layer.holding_W0())
+                    stack.enter_context(merging.holding_W0(layer))
                 for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
                     if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
                         offloaded.bring_in(state, module, f"{name}.")

@@ -14,8 +14,8 @@ from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import PREFIX, plain_name, stacked
 from hira.files.model.architecture import Architecture
-from hira.layers.experts import ParamWrapper
 from hira.layers.base import HiraLayer
+from hira.layers.experts import ParamWrapper
 
 _FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
