@@ -166,7 +166,7 @@ class MultiheadAttention(HiraLayer):
 
 
 def check_not_offloaded(base: nn.Module) -> None:
-    """Refuse attention whose weights accelerate brings in: it brings in none of `out_proj`, which is never called."""
+    """Refuse attention with offloaded weights: accelerate fetches none of `out_proj`, which is never called."""
     if any(offloaded.source(module) is not None for module in base.modules()):
         raise HiraError(
             f"accelerate offloads the weights of {type(base).__name__}, but could not bring in those of its out_proj, "

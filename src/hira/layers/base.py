@@ -27,11 +27,10 @@ from hira.version import __version__
 class HiraLayer(nn.Module, BaseTunerLayer):
     """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
 
-    Active adapters add up, ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)``, which is one adapter of the summed rank, so they
-    cost one product. Where the base layer's forward is not the plain one of its type (another tuner inside, a subclass
-    with its own forward, hooks on the layer), the base layer is called, and finds W' in the place of its weight. Under
-    dropout the base sees x and the update dropout(x). Where the base layer's own call brings its weight in, as it may
-    in a model that is sharded, the product is computed inside that call.
+    Several active adapters act as one: ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)`` is an adapter of the summed rank, and costs
+    one product. Under dropout the base layer gets x and the update gets dropout(x). A base layer whose call does more than
+    multiply, because of hooks, a forward of its own or another tuner's layer around it, is called, and finds W' where its
+    weight was.
 
     Args:
         base_layer: the layer to adapt, possibly another tuner's.
@@ -298,7 +297,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         if offloaded.is_hooked(base):
-            # whoever offloads a model may have made the hook's values of a state dict
+            # offloading the model may have given the hook the values of a state dict
             merging.settle(self, by_value=False)
             y = self._output(offloaded.place(x, base), adapter_names, args, kwargs)
             return y.to(x.device) if offloaded.returns_output(base) else y

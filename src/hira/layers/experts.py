@@ -128,7 +128,7 @@ class ParamWrapper(HiraLayer):
         )
 
     def _fetcher(self, away: Away, e: int) -> Dequantize:
-        """What brings in W0[e], (out, in), and no other expert's."""
+        """What fetches W0[e], (out, in), and no other expert's."""
         index, transposed = (e if self._is_stacked else ...), self._is_transposed
 
         def fetch(placeholder: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class ParamWrapper(HiraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the module without this wrapper and those inside it, their parameters merged if asked for."""
+        """Return the module without this wrapper and the wrappers in it, their parameters merged if asked for."""
         if isinstance(self.base_layer, ParamWrapper):
             self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)

@@ -41,7 +41,7 @@ def substituted(module: nn.Module, **values: Any) -> Iterator[None]:
     The module itself runs, with its hooks and with a forward that was set on the instance, so that what its forward
     assigns stays. One thread at a time runs a module like this; an error leaves nothing behind. Where accelerate has
     hooks that only move tensors around the module's forward, that forward runs without them, on the tensors that they
-    would have brought in.
+    would have fetched.
 
     Args:
         module: the module.

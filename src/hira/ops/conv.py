@@ -65,7 +65,7 @@ def conv(
 
     Cost: one convolution forward and two backward. Kept for backward: x, W0, A and B. Temporaries: W' forward, G and
     G * W0 backward, whole, each freed before the function returns; a convolution is not split over its output channels,
-    because each part would lay the input out anew.
+    because each part would lay the input out again.
 
     Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
     """

@@ -1,4 +1,4 @@
-"""W' formed anew in backward instead of kept, for products with it that are not this package's own."""
+"""W' formed again in backward instead of saved, for products with it that are not this package's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Formed(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """How to form a view of W' anew, and the versions of W0, A and B that it takes."""
+    """How to form a view of W' again, and the versions of W0, A and B that it takes."""
 
     sources: tuple[Tensor, Tensor, Tensor]
     versions: list[int]
