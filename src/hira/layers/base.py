@@ -27,10 +27,10 @@ from hira.version import __version__
 class HiraLayer(nn.Module, BaseTunerLayer):
     """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
 
-    Several active adapters act as one: ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)`` is an adapter of the summed rank, and costs
-    one product. Under dropout the base layer gets x and the update gets dropout(x). A base layer whose call does more than
-    multiply, because of hooks, a forward of its own or another tuner's layer around it, is called, and finds W' where its
-    weight was.
+    Several active adapters act as one: ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)`` is an adapter of the summed rank, and
+    costs one product. Under dropout the base layer gets x and the update gets dropout(x). A base layer whose call does
+    more than multiply, because of hooks, a forward of its own or another tuner's layer around it, is called, and finds
+    W' where its weight was.
 
     Args:
         base_layer: the layer to adapt, possibly another tuner's.
