@@ -68,7 +68,7 @@ def test_the_fields_and_defaults_are_those_of_peft():
         stock = peft.HiraConfig
     assert peft.HiraConfig is HiraConfig is not stock
     names = [field.name for field in dataclasses.fields(HiraConfig)]
-    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient", "target_parameters"]
+    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient", "target_parameters", "hira_alpha"]
     assert fields(HiraConfig()) == fields(stock())
     assert HiraConfig().peft_type is PeftType.HIRA
     assert all(field.metadata.get("help") for field in dataclasses.fields(HiraConfig) if field.name in LAYERS)
@@ -277,9 +277,9 @@ def test_an_unknown_weight_gradient_is_refused():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("lora_alpha", 16, "learning rate"),
-        ("use_rslora", True, "scale"),
-        ("alpha_pattern", {}, "scale"),
+        ("lora_alpha", 16, "hira_alpha"),
+        ("use_rslora", True, "hira_alpha"),
+        ("alpha_pattern", {}, "hira_alpha"),
         ("lora_dropout", 0.1, "hira_dropout"),
         ("lora_r", 8, r"\br\b"),
         ("init_lora_weights", True, "init_weights"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,14 +21,11 @@ from hira.errors import HiraError
 InitWeights = bool | Literal["gaussian"] | None
 Config = TypeVar("Config", bound=PeftConfig)
 
-_NO_SCALE = (
-    "HiRA is trained without a scale: the learning rate sets the size of the update, commonly at 5 to 50 times LoRA's"
-)
 _INSTEAD = {
-    "lora_alpha": _NO_SCALE,
-    "alpha": _NO_SCALE,
-    "alpha_pattern": _NO_SCALE,
-    "use_rslora": _NO_SCALE,
+    "lora_alpha": "it is hira_alpha, with which HiRA trains at LoRA's learning rate",
+    "alpha": "it is hira_alpha, with which HiRA trains at LoRA's learning rate",
+    "alpha_pattern": "hira_alpha sets the scale of each layer by the size of its weight, for LoRA's learning rate",
+    "use_rslora": "for its learning rate, hira_alpha is LoRA's alpha times the square root of r",
     "lora_r": "the rank is r",
     "rank": "the rank is r",
     "r_ab": "the rank is r; `hira convert --from original` reads adapters of the paper's repository",
@@ -76,8 +74,11 @@ class HiraConfig(PeftConfig):
     """Configures HiRA adapters, ``W' = W0 * (1 + BA)``; the fields and their JSON are those of PEFT's HiraConfig.
 
     Args:
-        r: the rank of BA, for every adapted module that `rank_pattern` does not name. HiRA has no scale (LoRA's alpha):
-            the learning rate sets the size of the update, and is commonly 5 to 50 times LoRA's.
+        r: the rank of BA, for every adapted module that `rank_pattern` does not name.
+        hira_alpha: LoRA's alpha, for HiRA at LoRA's learning rate: ``W' = W0 * (1 + s B A)``, with s the power of two that
+            is nearest to hira_alpha / (r rms(W0)) of the layer, so that a step of Adam changes W' as much as with a
+            LoRA of this alpha. A checkpoint has s B for B, which every reader understands. None, the paper's HiRA, is
+            s = 1, and takes a rate 5 to 50 times LoRA's. Not a field of PEFT's: it is saved where it is set.
         target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
             "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
             model's architecture.
@@ -105,8 +106,8 @@ class HiraConfig(PeftConfig):
     Raises:
         HiraError: a field does not exist (a TypeError as well), r or a rank of `rank_pattern` is not a positive
             integer, the dropout is not in [0, 1), or not 0 with `target_parameters`, these are not a list of names,
-            `init_weights` or `weight_gradient` is unknown, or `layers_to_transform` or `layers_pattern` goes with a
-            regular expression.
+            `hira_alpha` is not a positive number, `init_weights` or `weight_gradient` is unknown, or
+            `layers_to_transform` or `layers_pattern` goes with a regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """
@@ -144,6 +145,9 @@ class HiraConfig(PeftConfig):
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "The parameters to adapt, such as the weights of experts: a list of names."}
     )
+    hira_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA's alpha, to train with LoRA's learning rate. None: the paper's HiRA."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +160,7 @@ class HiraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: those that PEFT knows, and others where they are not the default."""
         fields: dict[str, Any] = super().to_dict()
-        for name, default in (("weight_gradient", "exact"), ("target_parameters", None)):
+        for name, default in (("weight_gradient", "exact"), ("target_parameters", None), ("hira_alpha", None)):
             if fields[name] == default:
                 del fields[name]
         return fields
@@ -189,6 +193,11 @@ def check_config(config: Any) -> None:
     dropout = config.hira_dropout
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise HiraError(f"hira_dropout must be a number in [0, 1), not {dropout!r}.")
+    alpha = getattr(config, "hira_alpha", None)
+    if alpha is not None and (
+        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf
+    ):
+        raise HiraError(f"hira_alpha must be a positive number or None, not {alpha!r}.")
     check_init_weights(config.init_weights)
     weight_gradient = getattr(config, "weight_gradient", "exact")
     if weight_gradient not in ("exact", "int8"):

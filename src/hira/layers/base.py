@@ -42,7 +42,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
     # how the base layer stores its weight
     storage_type: type[Storage] = Storage
@@ -60,6 +60,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.hira_dropout = nn.ModuleDict()
         self.weight_gradient: dict[str, str] = {}
         self.scaling: dict[str, float] = {}
+        # what `hira_alpha` multiplies B by in this layer
+        self.alpha_scale: dict[str, float] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -148,6 +150,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
+        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
+        alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
             self._init_factors(A, B, r, config.init_weights)
@@ -156,6 +160,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
+        self.alpha_scale[adapter_name] = alpha_scale
         self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
         self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -186,6 +191,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             for factors in self._factor_dicts:
                 factors[target].copy_(factors[source])
+        self.alpha_scale[target] = self.alpha_scale[source]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
@@ -239,7 +245,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return factor
 
     def _scale(self, name: str) -> float:
-        return self.merged_scaling.get(name, self.scaling[name])
+        return self.merged_scaling.get(name, self.scaling[name]) * self.alpha_scale[name]
 
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
@@ -482,6 +488,27 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name the package: the layers of PEFT's own HiRA print as `hira.Linear` too."""
         return f"hira {__version__}"
+
+
+def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
+    """The power of two that is nearest to ``alpha / (r rms(W0))``.
+
+    A step of Adam at some rate changes W' by that times as much as if B had no scale: as much as it changes the weight
+    of a LoRA of this alpha and rank, alpha / r times its BA.
+
+    Raises:
+        HiraError: W0 has no values here: it is on the meta device, or in other processes.
+    """
+    if W0.is_meta or W0.numel() == 0:
+        raise HiraError(
+            "hira_alpha scales each layer's adapter by the size of its weight, which has no values here. Load the base "
+            "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
+        )
+    rms = float(torch.linalg.vector_norm(W0.detach(), dtype=torch.float32)) / math.sqrt(W0.numel())
+    if not 0 < rms < math.inf:
+        return 1
+    exponent = round(math.log2(alpha / (r * rms)))
+    return 2**exponent if exponent >= 0 else 2.0**exponent
 
 
 def acts(dropout: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from hira.layers.experts import check_targets
 from hira.layers.mixed_batch import BASE, adapters_of_rows
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
-from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, unwrapped
+from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped
 from hira.tuner.transaction import unchanged_on_error
 
 STOCK_PACKAGE = "peft.tuners.hira"
@@ -296,7 +296,7 @@ class HiraModel(BaseTuner):
                     for other in others:
                         found.pop(f"{path}.{other}", None)
         check_whole(found)
-        return found
+        return scaled_by_alpha(model, adapter_name, found, divide=False)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -311,6 +311,7 @@ class HiraModel(BaseTuner):
             if key in remapped:
                 remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
         fit_to_checkpoint(model, config, adapter_name, remapped)
+        remapped = scaled_by_alpha(model, adapter_name, remapped, divide=True)
         offloaded.take(remapped, model)
         return remapped
 

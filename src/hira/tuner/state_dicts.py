@@ -171,6 +171,23 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
             )
 
 
+def scaled_by_alpha(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], *, divide: bool
+) -> dict[str, Tensor]:
+    """A state dict with s B for the B of each layer, as a checkpoint has it, or, divided by s, with B as it trains.
+
+    The scales s of `hira_alpha` are powers of two, so nothing is rounded.
+    """
+    scaled = dict(state_dict)
+    for name, layer in model.named_modules():
+        scale = layer.alpha_scale.get(adapter_name, 1) if isinstance(layer, HiraLayer) else 1
+        if scale != 1:
+            key = f"{unwrapped(name)}.{layer.factor_names[1]}.{adapter_name}"
+            if key in scaled:
+                scaled[key] = scaled[key] / scale if divide else scaled[key] * scale
+    return scaled
+
+
 def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
 
