@@ -6,18 +6,16 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from commands import run_in_this_process
 from safetensors.torch import save_file
 from torch import nn
 
 import hira
-from hira.cli.app import app
 
 HIRA = str(Path(sys.executable).with_name("hira"))
 LORA = ["--to", "lora", "--rank", "2", "--base", "base"]
@@ -94,14 +92,8 @@ def done(folder) -> dict[str, subprocess.CompletedProcess[str]]:
         patch.chdir(folder)
         for name, arguments in COMMANDS.items():
             if name not in results:
-                results[name] = run_in_this_process(arguments)
+                results[name] = run_in_this_process(*arguments)
     return results
-
-
-def run_in_this_process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as ended:
-        app(arguments)
-    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), err.getvalue())
 
 
 def test_merging(done, folder, tmp_path):

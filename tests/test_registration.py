@@ -174,8 +174,19 @@ def test_an_adapter_is_added_by_code_without_a_module():
     assert "another" in model.peft_config
 
 
-@pytest.mark.parametrize("module", ["hira.config.hira_config", "hira.layers.base", "hira.tuner.model"])
-def test_any_module_may_be_imported_first(module):
-    """As a pickle does that holds a configuration or a layer."""
-    program = f"import {module}, hira, peft; assert hira.is_registered() and peft.HiraConfig is hira.HiraConfig"
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_any_module_may_be_imported_first():
+    """As a pickle does that holds a configuration or a layer; in processes that imported neither hira nor PEFT before."""
+    program = """
+import importlib, os, sys
+import accelerate, torch, transformers.generation.utils
+assert not {"hira", "peft"} & set(sys.modules)
+for module in ("hira.config.hira_config", "hira.layers.base", "hira.tuner.model"):
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(module)
+        import hira, peft
+        os._exit(0 if hira.is_registered() and peft.HiraConfig is hira.HiraConfig else 1)
+    print(module, os.waitpid(child, 0)[1], flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["0"] * 3, done.stdout + done.stderr
