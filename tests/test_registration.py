@@ -175,7 +175,7 @@ def test_an_adapter_is_added_by_code_without_a_module():
 
 
 def test_any_module_may_be_imported_first():
-    """As a pickle does that holds a configuration or a layer; in processes that imported neither hira nor PEFT before."""
+    """As a pickle does that holds a configuration or a layer, in processes that imported neither hira nor PEFT yet."""
     program = """
 import importlib, os, sys
 import accelerate, torch, transformers.generation.utils
