@@ -1,6 +1,6 @@
 """How W' should be rounded in bfloat16: which training curve is nearest to that in float32?
 
-    python benchmarks/bfloat16_rounding.py --seed 0 [--seed 1 ...] [--out FILE.json]
+    python -m benchmarks.bfloat16_rounding --seed 0 [--seed 1 ...] [--out FILE.json]
 
 A tiny language model (tiny_lm.py) whose weights are numbers of bfloat16 is adapted to other text: in float32, and in
 bfloat16 with W' rounded to nearest, with W' rounded with a dither, and by PEFT's own HiRA, which has two products, with
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tiny_lm
 import torch
+from benchmarks import tiny_lm
 from benchmarks.comparison.report import machine
 from peft import get_peft_model
 from rich.console import Console

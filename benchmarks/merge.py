@@ -1,6 +1,6 @@
 """How long does `hira merge` take beside `cp -r` with `sync`, and beside PEFT, and how much memory does each need?
 
-    python benchmarks/merge.py [--gigabytes 4] [--dtype bfloat16|float32] [--rounds 3] [--folder FOLDER] [--double]
+    python -m benchmarks.merge [--gigabytes 4] [--dtype bfloat16|float32] [--rounds 3] [--folder FOLDER] [--double]
 
 A Llama with random weights, in shards, and an adapter of all its linear layers are made on the disk. Each measurement
 is a process of its own, and ends with `sync`: in every round `cp -r` and `hira merge`, and in the last one PEFT's own

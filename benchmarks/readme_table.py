@@ -1,4 +1,4 @@
-"""Writes the README's table of times, and its picture, from the committed results: python benchmarks/readme_table.py"""
+"""Writes the README's table of times, and its picture, from the committed results: python -m benchmarks.readme_table"""
 
 from __future__ import annotations
 

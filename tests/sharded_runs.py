@@ -84,7 +84,16 @@ def case(mode: ShardingMode, kind: str, adapters: int, checkpoint: bool, folder:
         run.step()
     with run.whole():
         result["final"] = {name: run.value(p).detach().clone() for name, p in factors(run.model).items()}
-    result["saved"] = _save(run, f"{folder}/{mode.name}-{kind}-{adapters}-{checkpoint}".replace(" ", "_"))
+    if not checkpoint:
+        result |= _served(run, mode, f"{folder}/{mode.name}-{kind}-{adapters}".replace(" ", "_"))
+    if hasattr(run.call, "destroy"):
+        run.call.destroy()
+    return result
+
+
+def _served(run: Run, mode: ShardingMode, path: str) -> dict[str, Any]:
+    """What comes of a trained model: its file, its outputs, and what is merged or refused."""
+    result: dict[str, Any] = {"saved": _save(run, path)}
     run.call.eval()
     ids = batch(9)  # the same in all processes
     with torch.no_grad():
@@ -101,8 +110,6 @@ def case(mode: ShardingMode, kind: str, adapters: int, checkpoint: bool, folder:
     else:
         result["merge"] = _error(run.model.merge_adapter)
     result["unchanged"] = before == {name: parameter.shape for name, parameter in run.model.named_parameters()}
-    if hasattr(run.call, "destroy"):
-        run.call.destroy()
     return result
 
 

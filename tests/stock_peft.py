@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 import hira
 
 
@@ -16,3 +18,7 @@ def stock_peft() -> Iterator[None]:
         yield
     finally:
         hira.register()
+
+
+def two_linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_the_readme_has_the_table_of_the_committed_results():
     readme = readme_table.README.read_text()
     assert readme_table.with_table(readme) == readme
     assert "| hira / LoRA |" in readme
+
+
+def test_the_documented_commands_find_what_they_import():
+    commands = re.findall(r"^ +python (.+?) *(?:#|$)", (FOLDER.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    modules = [re.match(r"-m (benchmarks\.\w+)", command).group(1) for command in commands]
+    assert len(modules) == 5
+    program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", program, *modules], cwd=FOLDER.parent, check=True)
 
 
 def test_the_gpu_script_checks_every_kernel():

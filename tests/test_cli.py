@@ -188,7 +188,7 @@ def test_env(done):
 
 @pytest.mark.parametrize("name", ["", "run", "env", "merge", "inspect", "verify", "convert"])
 def test_help_waits_for_nothing(name):
-    """Importing hira takes seconds, so help must not; the fastest of three runs, which another process may slow."""
+    """Importing hira takes seconds, so help must not; one of three runs is fast, which another process may slow."""
     command = name.split()
     program = "import sys; from hira.cli.app import app; app(standalone_mode=False); print('MODULES', *sys.modules)"
     python = [sys.executable, "-c", program, *command, "--help"]
@@ -201,4 +201,4 @@ def test_help_waits_for_nothing(name):
         subprocess.run([HIRA, *command, "--help"], capture_output=True, check=True)
         return time.perf_counter() - begin
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert any(seconds() < 0.5 for _ in range(3))

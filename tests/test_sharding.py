@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
+import traceback
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import sharded_runs
 import torch
 import torch.multiprocessing
+from filelock import FileLock
 from oracle import error
 from peft import PeftModel
 from sharding import CHECKPOINT, MODES, RATE, STEPS, WORLD, adapted, base_model, batch, factors
@@ -24,7 +27,7 @@ import hira
 SECONDS = 100  # after which a family of processes is ended
 
 
-def run_family(family: str, folder: Path) -> dict[Any, Any]:
+def run_family(family: str, folder: Path) -> None:
     base_model("llama").save_pretrained(folder / CHECKPOINT)
     context: Any = torch.multiprocessing.spawn(sharded_runs.start, args=(family, str(folder)), nprocs=WORLD, join=False)
     deadline = time.monotonic() + SECONDS
@@ -36,30 +39,39 @@ def run_family(family: str, folder: Path) -> dict[Any, Any]:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    results: dict[Any, Any] = torch.load(folder / f"{family}.pt", weights_only=True)
-    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What came of a family's modes, run when first asked for."""
-    return cache(lambda family: _run_or_error(family, tmp_path_factory.mktemp(family)))
+    """What came of a family's modes, run when first asked for, once for all workers of pytest."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def run_or_load(family: str) -> Any:
+        folder = shared / f"sharded-{family}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                _run_or_note_error(family, folder)
+        error = folder / "error"
+        return error.read_text() if error.exists() else torch.load(folder / f"{family}.pt", weights_only=True)
+
+    return cache(run_or_load)
 
 
-def _run_or_error(family: str, folder: Path) -> Any:
+def _run_or_note_error(family: str, folder: Path) -> None:
     """An error is kept as a result is, so that what hangs is waited for once."""
     try:
-        return run_family(family, folder)
-    except Exception as error:
-        return error
+        run_family(family, folder)
+    except Exception:
+        (folder / "error").write_text(traceback.format_exc())
 
 
 def result_of(results: Any, family: str, key: Any) -> Any:
     if family == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     of_family = results(family)
-    if isinstance(of_family, Exception):
-        raise of_family
+    assert not isinstance(of_family, str), of_family
     found = of_family[key]
     assert not (isinstance(found, str) and found.startswith("Traceback")), found
     return found

@@ -10,7 +10,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,8 +65,11 @@ def docstrings(path: Path) -> Iterator[str]:
     """The docstrings of a source file: its own, and those of its classes and functions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old files hold invalid escapes
-        tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
+        waiting: deque[ast.AST] = deque([ast.parse(path.read_bytes())])
+    while waiting:
+        node = waiting.popleft()
+        for block in ("body", "handlers", "cases", "orelse", "finalbody"):  # no expression holds a docstring
+            waiting.extend(getattr(node, block, ()))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:

@@ -28,8 +28,8 @@ from training import DESCRIPTIONS, METHODS, RATES_FILE, STEPS, Method, Rates, Ru
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-QUICK_STEPS = 6
-QUICK_ROWS = 64  # of every split
+QUICK_STEPS = 2
+QUICK_ROWS = 32  # of every split: one batch
 COMPARED_TEXTS = 8
 PURPOSES = {"train": "train", "validation": "choose the learning rates", "test": "test"}
 

@@ -117,7 +117,7 @@ def survives(server, root, wanted, old, new, **kill):
 
 
 def test_killed_at_random_moments(server, tmp_path):
-    root = save_sharded(tmp_path, 15, 768)
+    root = save_sharded(tmp_path, 9, 384)
     wanted, seconds = undisturbed(server, root)
     rng = random.Random(0)
     results, new, old = [], 2.0, 1.0

@@ -14,9 +14,9 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from merge_cases import CASES
 from merging import Folders, assert_same_tensors, config_of, hira_config, layout_of, made, tensors_of
 from safetensors.torch import load_file, save_file
-from test_merge import CASES
 from torch import Tensor
 
 from hira import HiraError

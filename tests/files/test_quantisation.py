@@ -8,8 +8,8 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from merge_cases import EXPERTS, gpt_oss
 from merging import assert_same_tensors, hira_config, made, tensors_of
-from test_merge import EXPERTS, gpt_oss
 from torch import Tensor
 
 from hira import HiraError
