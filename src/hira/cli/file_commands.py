@@ -207,9 +207,8 @@ def inspect(
         else:
             console = Console()
             if console.is_terminal:
-                for line in report_table.overview(report, console.width):
-                    print(line)
-                print()
+                for part in report_table.overview(report, console.width):
+                    console.print(part, markup=False, highlight=False)
             else:  # a row for each module, of any width
                 Console(width=10_000).print(report_table.table(report))
             for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
