@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rich.console import Console
 from hira.errors import HiraError
 from hira.files.inspect.inspect_adapter import Report, inspect
 from hira.files.inspect.report_table import in_order, in_words, overview, place, plot, table, to_json
+from hira.files.io.adapter_folder import adapter_of
 from hira.files.io.printable import printable
 
 EVIL = "em[red]bed<script>document.title='gone'</script>&\"\x1b[2J$x"
@@ -28,7 +30,8 @@ def example(with_base: bool = True, layers: int = 11) -> Report:
         tensors[f"base_model.model.{name}.hira_A"] = torch.randn(3, 8)
         tensors[f"base_model.model.{name}.hira_B"] = torch.randn(6, 3) / 100
         weights[name] = torch.randn(6, 8)
-    return inspect({"r": 3, "peft_type": "HIRA", "note": EVIL}, tensors, weights.get if with_base else None)
+    adapter = adapter_of(Path("mine"), {"r": 3, "peft_type": "HIRA", "note": EVIL}, tensors)
+    return inspect(adapter, weights.get if with_base else None)
 
 
 def text(report: Report) -> str:

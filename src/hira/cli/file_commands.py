@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -235,12 +233,11 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fold
 @contextmanager
 def _failing() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
-    with _printable_messages():
-        try:
-            yield
-        except HiraError as error:
-            _say(f"hira: {error}", error=True)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except HiraError as error:
+        _say(f"hira: {error}", error=True)
+        raise typer.Exit(1) from error
 
 
 def _say(line: str, error: bool = False, width: int | None = None) -> None:
@@ -251,25 +248,6 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
     if width is not None:
         shown = textwrap.fill(shown, width, break_long_words=False, break_on_hyphens=False)
     print(shown, file=sys.stderr if error else sys.stdout)
-
-
-@contextmanager
-def _printable_messages() -> Iterator[None]:
-    """Have what other libraries log or warn of printed likewise: they quote what they read."""
-    from hira.files.io.printable import printable_lines
-
-    class Record(logging.LogRecord):
-        def getMessage(self) -> str:
-            return printable_lines(super().getMessage())
-
-    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
-    logging.setLogRecordFactory(Record)
-    warnings.formatwarning = lambda *args, **kwargs: printable_lines(form(*args, **kwargs))
-    try:
-        yield
-    finally:
-        logging.setLogRecordFactory(factory)
-        warnings.formatwarning = form
 
 
 @contextmanager

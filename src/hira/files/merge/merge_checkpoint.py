@@ -19,7 +19,8 @@ import torch
 
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter, read_adapter
-from hira.files.io.model_card import CARD, card, dtype_name, name_of, quoted
+from hira.files.io.hub import name_of
+from hira.files.io.model_card import CARD, card, dtype_name, quoted
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
@@ -46,7 +47,7 @@ class MergeReport:
         out: the folder of the merged model.
         dry_run: whether nothing was written.
         merged: the names of the tensors with W'.
-        replaced: those that an adapter brought whole.
+        replaced: those that an adapter saved whole.
         added: those that the base model's files lack.
         tensors: the number of all tensors.
         shards: the sizes of the files of weights, by name.
