@@ -171,6 +171,11 @@ def read_bytes(header: Header, name: str, start: int = 0, stop: int | None = Non
     """
     entry = header.entry(name)
     stop = entry.nbytes if stop is None else min(stop, entry.nbytes)
+    return read_range(header, entry.begin + start, entry.begin + stop)
+
+
+def read_range(header: Header, start: int, stop: int) -> Tensor:
+    """Return a file's bytes from one offset to another, as uint8; a HiraError if the file changed since."""
     data = torch.empty(max(stop - start, 0), dtype=torch.uint8, device="cpu")
     view, done = data.numpy().data, 0
     try:
@@ -180,11 +185,11 @@ def read_bytes(header: Header, name: str, start: int = 0, stop: int | None = Non
                 raise HiraError(
                     f"{header.path} had {header.size} bytes and now has {size}; leave it alone while it is read."
                 )
-            file.seek(entry.begin + start)
+            file.seek(start)
             while done < len(view):
                 count = file.readinto(view[done : done + _CHUNK])
                 if not count:
-                    raise HiraError(f"{header.path} ended within tensor {name!r}; it was cut off while it was read.")
+                    raise HiraError(f"{header.path} was cut off while it was read; leave it alone meanwhile.")
                 done += count
     except OSError as error:
         raise HiraError(f"{header.path} cannot be read: {error.strerror}.") from error

@@ -15,8 +15,8 @@ from hira.errors import HiraError
 from hira.files.io.adapter_folder import FLOATS, TensorFile
 from hira.files.io.model_card import dtype_name
 from hira.files.io.recognise import SINGLE
-from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, in_safetensors_order
-from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, merged_parts
+from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, in_safetensors_order
+from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, copied_parts, merged_parts
 from hira.files.model.parameters import IN_MEMORY, Parameters, matrices_of
 from hira.files.model.quantisation import REAL
 from hira.files.model.targets import Changes, SavedParameter, Target
@@ -52,6 +52,24 @@ class Shard:
     def nbytes(self) -> int:
         """The bytes of its tensors."""
         return sum(tensor.entry.nbytes for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        return self.source.size if self.source is not None else len(self.header()) + self.nbytes
+
+    def header(self) -> bytes:
+        """Return the bytes before the tensors."""
+        return header_bytes((tensor.entry for tensor in self.tensors), self.metadata or None)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts that make its bytes."""
+        if self.source is not None:
+            yield from copied_parts(self.source, 0, self.source.size)
+        else:
+            yield lambda: memoryview(self.header())
+            for tensor in self.tensors:
+                yield from tensor.parts()
 
 
 @dataclass(frozen=True)

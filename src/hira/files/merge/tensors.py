@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hira.errors import HiraError
-from hira.files.io.safetensors_file import Header, TensorEntry, all_finite, entry_of, read_bytes, tensor_bytes
+from hira.files.io.safetensors_file import Header, TensorEntry, all_finite, entry_of, read_range, tensor_bytes
 from hira.files.model.parameters import StoredMatrix
 from hira.ops.effective_weight import block, modulation, row_blocks
 from hira.ops.heuristics import one_thread
@@ -65,12 +65,18 @@ class Workers:
 
 def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
     """Plan a tensor with the bytes of one in a file."""
+    begin, end = entry.begin, entry.begin + entry.nbytes
+    return PlannedTensor(replace(entry, name=name), lambda: copied_parts(header, begin, end), copied=True)
+
+
+def copied_parts(header: Header, begin: int, end: int) -> Iterator[Part]:
+    """Yield the parts that read a file's bytes from one offset to another."""
 
     def part(start: int) -> memoryview:
-        return read_bytes(header, entry.name, start, start + _PART).numpy().data
+        data: memoryview = read_range(header, start, min(start + _PART, end)).numpy().data
+        return data
 
-    starts = range(0, entry.nbytes, _PART)
-    return PlannedTensor(replace(entry, name=name), lambda: (partial(part, start) for start in starts), copied=True)
+    return (partial(part, start) for start in range(begin, end, _PART))
 
 
 def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: torch.dtype, what: str) -> PlannedTensor:
