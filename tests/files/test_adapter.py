@@ -12,6 +12,7 @@ from torch import nn
 
 from hira import HiraConfig
 from hira.errors import HiraError
+from hira.files.io import strict_json
 from hira.files.io.adapter_folder import read_adapter
 
 P = "base_model.model."
@@ -51,8 +52,8 @@ def test_what_peft_writes(tmp_path):
     assert adapter.others == {f"head.{name}": f"{P}head.{name}" for name in ("weight", "bias")}
     assert adapter.config["peft_type"] == "HIRA"
     layer = model.base_model.model.linear
-    assert torch.equal(adapter.modules["linear"].A, layer.hira_A["default"])
-    assert torch.equal(adapter.modules["linear"].B, layer.hira_B["default"])
+    A, B = adapter.modules["linear"].pair()
+    assert torch.equal(A, layer.hira_A["default"]) and torch.equal(B, layer.hira_B["default"])
     assert adapter.modules["linear"].rank == 2
 
 
@@ -92,24 +93,25 @@ def test_tensors_that_are_refused(tmp_path, case):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_configurations_that_are_refused(tmp_path):
+def test_configurations_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(HiraError, match=r"adapter_config\.json is missing"):
         read_adapter(tmp_path)
     for peft_type in ("LORA", None, ["HIRA"]):
         with pytest.raises(HiraError, match="'HIRA' was expected"):
             read_adapter(folder_of(tmp_path, pair(), peft_type=peft_type))
     not_finite = {
-        '{"a": 1e999}': "adapter_config.json has 1e999 for 'a', which is no finite number",
-        '{"a": {"b": [0, -Infinity]}}': r"has -Infinity for 'a\.b\.1', which",
-        '{"a": [[NaN], 1e999]}': r"has NaN for 'a\.0\.0', which",
+        '{"a": 1e999}': "adapter_config.json has 1e999, which is no finite number",
+        '{"a": {"b": [0, -Infinity]}}': "has -Infinity, which",
+        '{"a": [[NaN], 1e999]}': "has NaN, which",
     }
     bad = {"[]": "holds a list", "{": "not JSON", '{"a": 1, "a": 1}': "twice", **not_finite}
     for text, message in bad.items():
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(HiraError, match=message):
             read_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"a": "%s"}' % ("x" * 10**7))
-    with pytest.raises(HiraError, match="more than 10000000 bytes"):
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 1000)
+    (tmp_path / "adapter_config.json").write_text('{"a": "%s"}' % ("x" * 1000))
+    with pytest.raises(HiraError, match="more than 1000 bytes"):
         read_adapter(tmp_path)
 
 

@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hira.errors import HiraError
 from hira.files.convert import conversion
-from hira.files.convert.conversion import fold, from_original, to_lora
+from hira.files.io.adapter_folder import Adapter, adapter_of
 from hira.files.model import layer_matrices as factors
 
 PREFIX = "base_model.model."
+MINE = Path("mine")
 TARGETS = ["embed", "conv1", "conv2", "linear", "square", "transposed"]
 
 
@@ -57,6 +58,18 @@ def saved(folder: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Tenso
     model.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors"), model(IDS).detach()
+
+
+def to_lora(config: dict[str, Any], tensors: dict[str, Tensor], weight_of: Any, rank: int) -> Any:
+    return conversion.to_lora(adapter_of(MINE, config, tensors), weight_of, rank)
+
+
+def fold(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return conversion.fold(adapter_of(MINE, config, tensors))
+
+
+def from_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    return conversion.from_original(MINE, config, tensors)
 
 
 def loaded(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Any:
@@ -154,7 +167,8 @@ def original_tensors() -> dict[str, Tensor]:
 @pytest.mark.parametrize("stock", [False, True])
 def test_an_original_checkpoint_computes_what_it_did(stock, tmp_path):
     tensors = original_tensors()
-    config, renamed = from_original(ORIGINAL, tensors)
+    adapter = from_original(ORIGINAL, tensors)
+    config, renamed = adapter.config, adapter.tensors
     assert config["target_modules"] == ["linear", "square"]
     assert (config["peft_type"], config["r"], config["hira_dropout"]) == ("HIRA", 3, 0.0)
     if stock:
@@ -181,7 +195,7 @@ def test_an_original_checkpoint_computes_what_it_did(stock, tmp_path):
     ],
 )
 def test_modules_that_were_named_by_their_ends_are_named_whole(found, named):
-    assert from_original(ORIGINAL | {"target_modules": found}, original_tensors())[0]["target_modules"] == named
+    assert from_original(ORIGINAL | {"target_modules": found}, original_tensors()).config["target_modules"] == named
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from hira.errors import HiraError
 from hira.files.inspect import inspect_adapter as inspection
 from hira.files.inspect import report_table
-from hira.files.inspect.inspect_adapter import inspect, inspect_layer
+from hira.files.inspect.inspect_adapter import Report, WeightOf, inspect_layer
+from hira.files.io.adapter_folder import adapter_of
 from hira.files.model import layer_matrices as factors
-from hira.files.model.layer_matrices import pairs
 from hira.ops import reference
 from hira.ops.effective_weight import form
 
@@ -28,6 +30,10 @@ LAYERS = {
     "2d": ((40, 2, 2, 3), (5, 2, 2, 3), (40, 5, 1, 1), "convolution"),
 }
 every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def inspect(config: dict[str, Any], tensors: dict[str, Tensor], weight_of: WeightOf | None = None, **options) -> Report:
+    return inspection.inspect(adapter_of(Path("mine"), config, tensors), weight_of, **options)
 
 
 def tensors(layer: str, dtype: torch.dtype = torch.float32, scale: float = 0.5) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -191,7 +197,7 @@ def adapter() -> tuple[dict, dict[str, Tensor]]:
         "base_model.model.embed.hira_embedding_B": table_B,
         "base_model.model.head.weight": torch.randn(2, 5),
     }
-    return {"peft_type": "HIRA", "r": 2, "target_modules": {"q", "embed"}, "modules_to_save": ["head"]}, tensors
+    return {"peft_type": "HIRA", "r": 2, "target_modules": ["embed", "q"], "modules_to_save": ["head"]}, tensors
 
 
 def test_a_whole_adapter():
@@ -229,31 +235,22 @@ def broken(key: str, value: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layers.0.q.hira_B", None, "layers.0.q.hira_A' of the adapter lacks the other factor"),
+        ("layers.0.q.hira_B", None, "layers.0.q.hira_A' of the adapter mine lacks the other factor"),
         ("layers.0.q.hira_B", torch.randn(7, 3), r"A is \(2, 5\) and B is \(7, 3\)"),
         ("layers.0.q.hira_B", torch.randn(7, 2, 1), r"A is \(2, 5\) and B is \(7, 2, 1\)"),
-        ("layers.0.q.hira_A", torch.full((2, 5), math.nan), "A of module 'layers.0.q' .* holds NaN"),
-        ("embed.hira_embedding_B", torch.full((5, 3), math.inf), "B of module 'embed' .* holds NaN, infinity"),
+        ("layers.0.q.hira_A", torch.full((2, 5), math.nan), "layers.0.q.hira_A' of the adapter mine has a NaN"),
+        ("embed.hira_embedding_B", torch.full((5, 3), math.inf), "hira_embedding_B' of the adapter mine has a NaN"),
         ("layers.0.q.hira_A", torch.ones(2, 5, dtype=torch.int64), "is of torch.int64; a factor must be of float32"),
     ],
 )
 def test_broken_adapters(key, value, message):
     with pytest.raises(HiraError, match=message):
-        pairs(broken(key, value))
+        adapter_of(Path("mine"), adapter()[0], broken(key, value)).check_finite()
 
 
-@pytest.mark.parametrize(
-    ("W0", "message"),
-    [
-        (torch.randn(7, 6), r"'layers.0.q' has shape \(7, 6\), but the adapter was made for \(7, 5\)"),
-        (torch.ones(7, 5, dtype=torch.uint8), "quantised"),
-        (torch.ones(7, 5).to(torch.float8_e4m3fn), "quantised"),
-        (torch.full((7, 5), math.nan), "holds NaN or infinity"),
-    ],
-)
-def test_unfit_weights(W0, message):
-    with pytest.raises(HiraError, match=message):
-        inspect(*adapter(), {"layers.0.q": W0}.get)
+def test_a_weight_that_is_not_finite():
+    with pytest.raises(HiraError, match=r"'layers\.0\.q' holds NaN or infinity"):
+        inspect(*adapter(), {"layers.0.q": torch.full((7, 5), math.nan)}.get)
 
 
 def test_no_adapter_and_stacked_parameters():

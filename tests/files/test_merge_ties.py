@@ -193,7 +193,7 @@ def test_a_vocabulary_of_which_the_adapter_lacks_a_part(tmp_path):
     folders = made(tmp_path, untied(), [config], load=resized(LlamaForCausalLM))
     path = folders.adapters[0] / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}, path)
-    with pytest.raises(HiraError, match=r"has a vocabulary of 40 instead of 32, but brings only some of .*in memory"):
+    with pytest.raises(HiraError, match=r"has a vocabulary of 40 instead of 32, but saves only some of .*in memory"):
         folders.merge()
     assert not (tmp_path / "out").exists()
 
@@ -212,7 +212,7 @@ def test_a_parameter_of_another_shape(tmp_path):
 def test_two_adapters_that_bring_the_same_parameter(tmp_path):
     configs = [hira_config("q_proj", modules_to_save=["lm_head"])] * 2
     folders = made(tmp_path, untied(), configs)
-    with pytest.raises(HiraError, match=r"adapters/a0 and .*adapters/a1 both bring lm_head.weight whole"):
+    with pytest.raises(HiraError, match=r"adapters/a0 and .*adapters/a1 both save lm_head.weight whole"):
         folders.merge()
     first, second = (path / "adapter_model.safetensors" for path in folders.adapters)
     head = "base_model.model.lm_head.weight"
@@ -232,7 +232,7 @@ def test_a_vocabulary_of_another_size_on_one_side_only(make, targets, tmp_path):
     base.save_pretrained(tmp_path / "base")
     base.resize_token_embeddings(40)
     peft.get_peft_model(base, hira_config(*targets)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HiraError, match=r"has a vocabulary of 40 instead of \d+, but brings only some of .*lm_head"):
+    with pytest.raises(HiraError, match=r"has a vocabulary of 40 instead of \d+, but saves only some of .*lm_head"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -254,5 +254,5 @@ def test_a_parameter_that_only_another_model_can_have(tmp_path):
     peft.get_peft_model(base, hira_config("q_proj")).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}, path)
-    with pytest.raises(HiraError, match=r"brings model.layers.7.mlp.up_proj.weight, which .* of another model"):
+    with pytest.raises(HiraError, match=r"has model.layers.7.mlp.up_proj.weight, which .* of another model"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -52,8 +52,6 @@ def test_the_folder_of_a_run(base, tmp_path):
     refused_as_adapter(
         base, tmp_path / "run", r"checkpoint-60, checkpoint-70, .*, checkpoint-1500\. .* as .*run/checkpoint-1500"
     )
-    with pytest.raises(HiraError, match=r"these folders in it hold adapters, which come after the base model"):
-        read_folder(tmp_path / "run")
     (tmp_path / "run/checkpoint-500/optimizer.pt").touch()  # one of them is as good as any adapter
     assert inspect_adapter(tmp_path / "run/checkpoint-500").parameters == 20
 
@@ -67,7 +65,7 @@ def test_the_folder_of_a_run_with_named_adapters(base, tmp_path):
 def test_models(base, tmp_path):
     refused_as_adapter(base, base, r"base is a model's folder, where an adapter's was expected")
     merge_checkpoint(base, adapter_at(tmp_path / "mine"), tmp_path / "merged")
-    refused_as_adapter(base, tmp_path / "merged", r"merged is a model's folder.*`hira verify` checks")
+    refused_as_adapter(base, tmp_path / "merged", r"merged is a model's folder")
     (tmp_path / "old").mkdir()
     (tmp_path / "old/pytorch_model.bin").touch()
     refused_as_adapter(base, tmp_path / "old", r"old is a model's folder")
@@ -76,7 +74,7 @@ def test_models(base, tmp_path):
 def test_what_is_incomplete_or_empty(base, tmp_path):
     adapter = adapter_at(tmp_path / "mine")
     (adapter / "adapter_config.json").unlink()
-    refused_as_adapter(base, adapter, r"adapter_config.json is missing in .*mine, which has an adapter's tensors")
+    refused_as_adapter(base, adapter, r"adapter_config.json is missing in .*mine; pass the folder to which")
     (tmp_path / "empty").mkdir()
     refused_as_adapter(base, tmp_path / "empty", r"adapter_config.json is missing in .*empty; pass the folder to which")
 
@@ -140,8 +138,6 @@ def test_an_adapter_in_the_place_of_a_model(base, tmp_path):
         ):
             with pytest.raises(HiraError, match=rf"{name} is an adapter's folder.*: hira merge BASE .*{name} -o OUT"):
                 call()
-    with pytest.raises(HiraError, match=r"trained on 'org/x'"):
-        read_folder(tmp_path / "mine")
     (tmp_path / "mine/adapter_model.safetensors").rename(tmp_path / "mine/adapter_model.bin")
     with pytest.raises(HiraError, match=r"is an adapter's folder"):  # not a model of pickles
         read_folder(tmp_path / "mine")
@@ -154,12 +150,8 @@ def test_models_elsewhere_or_in_other_formats(base, tmp_path):
         read_folder(tmp_path / "run")
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/model.Q4.gguf").touch()
-    with pytest.raises(HiraError, match=r"has neither .* but model.Q4.gguf; pass the folder of a model in safetensors"):
+    with pytest.raises(HiraError, match=r"gguf has neither .*Pass the folder of a model in safetensors"):
         read_folder(tmp_path / "gguf")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/config.json").write_text("{}")
-    with pytest.raises(HiraError, match=r", and no other weights; pass the folder"):
-        read_folder(tmp_path / "config")
 
 
 def test_verifying_what_is_not_there(base, tmp_path):

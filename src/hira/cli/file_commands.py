@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -27,52 +24,31 @@ if TYPE_CHECKING:
 
 
 _HUB = ", or owner/name[@revision] on the hub"
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the content of OUT.")]
 AnyBase = Annotated[
     bool,
     typer.Option("--any-base", help="Go on although the adapter was trained on another model, or is merged already."),
 ]
-
-
-class Source(str, Enum):
-    """The formats besides PEFT's that `hira convert` reads."""
-
-    original = "original"
-
-
-class Form(str, Enum):
-    """The methods besides HiRA that `hira convert` writes."""
-
-    lora = "lora"
-
-
-class Dtype(str, Enum):
-    """The dtypes that `hira merge` writes."""
-
-    float64 = "float64"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Rounding(str, Enum):
-    """The ways in which `hira merge` rounds to a half precision."""
-
-    nearest = "nearest"
-    dither = "dither"
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
+]
 
 
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help=f"The base model's folder, in safetensors{_HUB}.")],
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"The folders of adapters{_HUB}.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
+    out: Out,
     weight: Annotated[
         list[float] | None, typer.Option(help="A factor for BA, passed once for each adapter; the default is 1.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="The dtype of the merged weights; by default each tensor keeps its dtype.")
+        Literal["float64", "float32", "bfloat16", "float16"] | None,
+        typer.Option(help="The dtype of the merged weights; by default each tensor keeps its dtype."),
     ] = None,
     rounding: Annotated[
-        Rounding | None,
+        Literal["nearest", "dither"] | None,
         typer.Option(
             help="How to round to half precision; the default is a dither if the base model is in half precision."
         ),
@@ -84,11 +60,9 @@ def merge(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    overwrite: Overwrite = False,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Merge adapters into a model on the disk, W' = W0 * (1 + BA), without loading it.
 
@@ -109,8 +83,8 @@ def merge(
                 adapters,
                 out,
                 weights=weight or None,
-                dtype=dtype and dtype.value,
-                rounding=None if rounding is None else "dither" if rounding is Rounding.dither else "nearest",
+                dtype=dtype,
+                rounding=rounding,
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 dry_run=dry_run,
@@ -123,22 +97,21 @@ def merge(
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")],
+    adapter: Adapter,
+    out: Out,
     source: Annotated[
-        Source | None, typer.Option("--from", help="The adapter was saved by the HiRA paper's repository.")
+        Literal["original"] | None, typer.Option("--from", help="The adapter was saved by the HiRA paper's repository.")
     ] = None,
     to: Annotated[
-        Form | None, typer.Option("--to", help="Approximate the adapter by a LoRA; part of the update is lost.")
+        Literal["lora"] | None,
+        typer.Option("--to", help="Approximate the adapter by a LoRA; part of the update is lost."),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, metavar="N", help="The LoRA's rank.")] = None,
     base: Annotated[str | None, typer.Option(metavar="FOLDER", help="The base model, which a LoRA needs.")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Write an adapter that PEFT's own HiRA can load.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    overwrite: Overwrite = False,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Write an adapter in another form: from the paper's repository, as a LoRA, or for PEFT's own HiRA.
 
@@ -147,13 +120,13 @@ def convert(
     with _failing():
         from hira.files.convert.convert_adapter import contradiction, convert_adapter
 
-        if (problem := contradiction(source and source.value, to and to.value, rank, base, fold)) is not None:
+        if (problem := contradiction(source, to, rank, base, fold)) is not None:
             raise typer.BadParameter(problem)
         result = convert_adapter(
             adapter,
             out,
-            source="original" if source else None,
-            to="lora" if to else None,
+            source=source,
+            to=to,
             rank=rank,
             base=base,
             fold=fold,
@@ -172,7 +145,7 @@ def convert(
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"The adapter's folder{_HUB}.")],
+    adapter: Adapter,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="The base model that the adapter was trained on.")
     ] = None,
@@ -185,9 +158,7 @@ def inspect(
     ] = None,
     spectra: Annotated[bool, typer.Option(help="Compute the singular values of W0 and of the update.")] = True,
     any_base: AnyBase = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
     if plot is not None and find_spec("matplotlib") is None:
@@ -207,9 +178,8 @@ def inspect(
         else:
             console = Console()
             if console.is_terminal:
-                for line in report_table.overview(report, console.width):
-                    print(line)
-                print()
+                for part in report_table.overview(report, console.width):
+                    console.print(part, markup=False, highlight=False)
             else:  # a row for each module, of any width
                 Console(width=10_000).print(report_table.table(report))
             for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
@@ -236,12 +206,11 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A fold
 @contextmanager
 def _failing() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
-    with _printable_messages():
-        try:
-            yield
-        except HiraError as error:
-            _say(f"hira: {error}", error=True)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except HiraError as error:
+        _say(f"hira: {error}", error=True)
+        raise typer.Exit(1) from error
 
 
 def _say(line: str, error: bool = False, width: int | None = None) -> None:
@@ -252,25 +221,6 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
     if width is not None:
         shown = textwrap.fill(shown, width, break_long_words=False, break_on_hyphens=False)
     print(shown, file=sys.stderr if error else sys.stdout)
-
-
-@contextmanager
-def _printable_messages() -> Iterator[None]:
-    """Have what other libraries log or warn of printed likewise: they quote what they read."""
-    from hira.files.io.printable import printable_lines
-
-    class Record(logging.LogRecord):
-        def getMessage(self) -> str:
-            return printable_lines(super().getMessage())
-
-    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
-    logging.setLogRecordFactory(Record)
-    warnings.formatwarning = lambda *args, **kwargs: printable_lines(form(*args, **kwargs))
-    try:
-        yield
-    finally:
-        logging.setLogRecordFactory(factory)
-        warnings.formatwarning = form
 
 
 @contextmanager

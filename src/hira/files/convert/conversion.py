@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,11 @@ from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.inspect.inspect_adapter import MAX_DIM, check_adapter
-from hira.files.io.adapter_folder import PREFIX, not_hira
+from hira.files.io.adapter_folder import PREFIX, Adapter, Factors, adapter_of, not_hira
 from hira.files.io.safetensors_file import all_finite
-from hira.files.model.layer_matrices import Factors, Matrices, matrices, pairs
+from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 
-Content = tuple[dict[str, Any], dict[str, Tensor]]
-
-# what both methods know, and mean the same by
+# what LoRA's and HiRA's configurations have in common, and mean the same by
 _SHARED = (
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
@@ -57,18 +56,16 @@ class LoraReport:
         return asdict(self)
 
 
-def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
-    """Turn an adapter of the paper's repository into one of PEFT's format.
+def from_original(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """Return an adapter of the paper's repository in PEFT's format.
 
     Its A and B are HiRA's under LoRA's names; its alpha, scale and dropout were never applied. It adapts modules by the
     ends of their names, where PEFT wants whole parts of them; others are named in full.
 
     Args:
+        path: its folder.
         config: its adapter_config.json, of type LORA with `r_ab`.
         tensors: its tensors, ``base_model.model.<module>.lora_A`` and ``lora_B``: (r, in) and (out, r).
-
-    Returns:
-        The configuration and the tensors of a HiRA adapter; the tensors are the same objects.
 
     Raises:
         HiraError: it is an adapter of another method or of PEFT's LoRA, trains biases, has tensors of unknown names or
@@ -101,23 +98,22 @@ def from_original(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
                 f"{saved}. It is no checkpoint of the paper's repository: leave out --from original."
             )
         renamed[key] = value
-    factors = _factors(config, renamed)[0]
-    for module, (A, B, _) in factors.items():
-        if A.dim() != 2 or len(A) != rank:
+    adapter = adapter_of(path, config, renamed)
+    for module, factors in adapter.modules.items():
+        A, B = factors.shapes
+        if len(A) != 2 or A[0] != rank:
             raise HiraError(
-                f"Module {module!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, but r_ab is {rank}: the tensors "
-                "and the configuration are of two adapters."
+                f"Module {module!r} has A {A} and B {B}, but r_ab is {rank}: the tensors and the configuration are of "
+                "two adapters."
             )
-    names = _targets(config.get("target_modules"), list(factors))
-    return {**_shared(config), "peft_type": "HIRA", "r": rank, "hira_dropout": 0.0, "target_modules": names}, renamed
+    names = _targets(config.get("target_modules"), list(adapter.modules))
+    settings = {"peft_type": "HIRA", "r": rank, "hira_dropout": 0.0, "target_modules": names}
+    return adapter_of(path, {**_shared(config), **settings}, renamed)
 
 
 @torch.no_grad()
 def to_lora(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    weight_of: Callable[[str], Tensor | None],
-    rank: int,
+    adapter: Adapter, weight_of: Callable[[str], Tensor | None], rank: int
 ) -> tuple[dict[str, Any], dict[str, Tensor], LoraReport]:
     """Approximate a HiRA adapter by a LoRA adapter of some rank; this loses what is beyond that rank.
 
@@ -128,9 +124,8 @@ def to_lora(
     never whole. A layer of which a side is below the rank has zeros in what is left of its A and B.
 
     Args:
-        config: the HiRA adapter's configuration.
-        tensors: its tensors; those of `modules_to_save` are handed on.
-        weight_of: gives a module's base weight as it is stored; see `inspect`.
+        adapter: the adapter; its tensors of `modules_to_save` are handed on.
+        weight_of: returns a module's base weight as it is stored; see `inspect`.
         rank: LoRA's rank.
 
     Returns:
@@ -138,31 +133,30 @@ def to_lora(
         measured on these tensors.
 
     Raises:
-        HiraError: the rank is not a positive integer, a base weight is missing or does not fit, a layer's shorter side
-            is above 8192, or the adapter is broken, has `target_parameters` or adapts the output projection of
-            `nn.MultiheadAttention`, whose update PEFT's LoRA would add twice. Grouped convolutions convert, but PEFT's
-            LoRA has another layout for them and refuses to load it.
+        HiraError: the rank is not a positive integer, a base weight is missing, a layer's shorter side is above 8192,
+            or the adapter has `target_parameters` or adapts the output projection of `nn.MultiheadAttention`, whose
+            update PEFT's LoRA would add twice. Grouped convolutions convert, but PEFT's LoRA has another layout for
+            them and refuses to load it.
 
     Cost: for m rows and n <= m columns, 2 m n^2 and some 20 n^3, and memory for two matrices of n x n.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise HiraError(f"The rank of the LoRA should be a positive integer, but is {rank!r}.")
-    factors, others = _factors(config, tensors)
-    _check_attention(factors, "where PEFT's LoRA adds an output projection's update twice (0.21)")
-    converted, layers, lost, total = dict(others), [], 0.0, 0.0
-    for module, pair in factors.items():
+    config = adapter.config
+    _check(adapter, "where PEFT's LoRA adds an output projection's update twice (0.21)")
+    converted, layers, lost, total = _others(adapter), [], 0.0, 0.0
+    for module, factors in adapter.modules.items():
         W0 = weight_of(module)
         if W0 is None:
             raise HiraError(f"The base model has no weight for module {module!r}; LoRA needs it.")
-        laid_out = matrices(module, pair, W0, bool(config.get("fan_in_fan_out")))
+        laid_out = layer_matrices(module, *factors.pair(), factors.kind, W0, bool(config.get("fan_in_fan_out")))
         left, right = _truncated(module, laid_out, rank)
-        squares = _error(laid_out, left, right)
-        layers.append(LayerError(module, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0))
-        lost, total = lost + squares[0], total + squares[1]
-        converted.update(_lora_tensors(module, pair, laid_out, left, right))
+        layer_lost, layer_total = _error(laid_out, left, right)
+        layers.append(LayerError(module, math.sqrt(layer_lost / layer_total) if layer_total else 0.0))
+        lost, total = lost + layer_lost, total + layer_total
+        converted.update(_lora_tensors(module, factors, laid_out.transposed, left, right))
         del W0, laid_out
     overall = math.sqrt(lost / total) if total else 0.0
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
     lost_share = f"{overall:.2%} of its norm is lost over all layers"
     statement = (
         f"A LoRA of rank {rank} cannot hold HiRA's update, which has a high rank: {lost_share}. Its outputs are not "
@@ -170,45 +164,36 @@ def to_lora(
         if overall > _ROUNDING
         else f"A LoRA of rank {rank} holds all of this update but for rounding: {lost_share}."
     )
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
     return {**_shared(config), **settings}, converted, LoraReport(rank, tuple(layers), overall, statement)
 
 
-def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
-    """Write an adapter so that PEFT's own HiRA loads it and computes the same.
+def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors of an adapter so that PEFT's own HiRA loads it and computes the same.
 
     `weight_gradient` goes, since what an adapter computes does not depend on it. PEFT up to 0.21 ignores `rank_pattern`
     for a model's first adapter, so factors of several ranks get zeros up to the largest: ``[B 0] [A; 0] = BA``.
 
-    Args:
-        config: the adapter's configuration.
-        tensors: its tensors.
-
-    Returns:
-        The configuration and the tensors; those that need no change are the same objects.
-
     Raises:
-        HiraError: the adapter has `target_parameters`, adapts the output projection of `nn.MultiheadAttention`, which
-            PEFT's HiRA does not have, or is broken. That other modules are attention, grouped convolutions or quantised
-            by others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
+        HiraError: the adapter has `target_parameters`, or adapts the output projection of `nn.MultiheadAttention`,
+            which PEFT's HiRA does not have. That other modules are attention, grouped convolutions or quantised by
+            others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
     """
-    factors, others = _factors(config, tensors)
-    _check_attention(factors, "which PEFT's own HiRA does not adapt")
-    ranks = {len(A) for A, _, _ in factors.values()}
-    folded = {key: value for key, value in config.items() if key not in ("weight_gradient", "target_parameters")}
-    if len(ranks) == 1 and not config.get("rank_pattern") and ranks == {config.get("r")}:
-        return folded, dict(tensors)
-    written, rank = dict(others), max(ranks)
-    for module, (A, B, kind) in factors.items():
-        names = ("hira_embedding_A", "hira_embedding_B") if kind == "embedding" else ("hira_A", "hira_B")
-        more = rank - len(A)
-        padded = (A, B)
-        if more:
-            padded = (
-                torch.cat([A, A.new_zeros(more, *A.shape[1:])]),
-                torch.cat([B, B.new_zeros(len(B), more, *B.shape[2:])], 1),
-            )
-        written.update({f"{PREFIX}{module}.{name}": value for name, value in zip(names, padded, strict=True)})
-    return {**folded, "r": rank, "rank_pattern": {}}, written
+    _check(adapter, "which PEFT's own HiRA does not adapt")
+    config = {
+        key: value for key, value in adapter.config.items() if key not in ("weight_gradient", "target_parameters")
+    }
+    ranks = {factors.rank for factors in adapter.modules.values()}
+    if ranks == {config.get("r")} and not config.get("rank_pattern"):
+        return config, dict(adapter.tensors)
+    folded, rank = _others(adapter), max(ranks)
+    for module, factors in adapter.modules.items():
+        A, B = factors.pair()
+        more = rank - factors.rank
+        name = f"{PREFIX}{module}.hira_{'embedding_' if factors.kind == 'embedding' else ''}"
+        folded[f"{name}A"] = torch.cat([A, A.new_zeros(more, *A.shape[1:])])
+        folded[f"{name}B"] = torch.cat([B, B.new_zeros(len(B), more, *B.shape[2:])], 1)
+    return {**config, "r": rank, "rank_pattern": {}}, folded
 
 
 def _targets(found: Any, modules: list[str]) -> str | list[str]:
@@ -223,14 +208,13 @@ def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in _SHARED if name in config}
 
 
-def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    factors, others = pairs(tensors)
-    check_adapter(config)
-    return factors, others
+def _others(adapter: Adapter) -> dict[str, Tensor]:
+    return {key: adapter.tensors[key] for key in adapter.others.values()}
 
 
-def _check_attention(factors: Mapping[str, Factors], why: str) -> None:
-    nested = [module for module in factors if ".base_layer." in module]
+def _check(adapter: Adapter, why: str) -> None:
+    check_adapter(adapter.config)
+    nested = [module for module in adapter.modules if ".base_layer." in module]
     if nested:
         raise HiraError(
             f"Module {nested[0]!r} is inside nn.MultiheadAttention, {why}; merge the adapter into the model with "
@@ -238,7 +222,7 @@ def _check_attention(factors: Mapping[str, Factors], why: str) -> None:
         )
 
 
-def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated(module: str, pair: LayerMatrices, rank: int) -> tuple[Tensor, Tensor]:
     """The best factors (rows, rank) and (rank, columns) of W0 * BA, in float32."""
     rows, columns = len(pair.left), pair.right.shape[1]
     if columns > MAX_DIM:
@@ -247,9 +231,7 @@ def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
             "Merge the adapter with `hira merge` instead."
         )
     gram = pair.left.new_zeros(columns, columns, dtype=torch.float64)
-    for _, weight, delta in pair.blocks():
-        assert weight is not None
-        update = weight * delta
+    for _, update in pair.updates():
         gram.addmm_(update.t(), update)
     if not bool(gram.isfinite().all()):
         raise HiraError(
@@ -263,38 +245,35 @@ def _truncated(module: str, pair: Matrices, rank: int) -> tuple[Tensor, Tensor]:
     inverse = torch.where(roots > 1e-6 * roots[0], 1 / roots, 0.0)
     left, right = vectors.new_zeros(rows, rank), vectors.new_zeros(rank, columns)
     right[:kept] = (vectors * roots).t()
-    for where, weight, delta in pair.blocks():
-        assert weight is not None
-        left[where, :kept] = (weight * delta) @ (vectors * inverse)
+    for where, update in pair.updates():
+        left[where, :kept] = update @ (vectors * inverse)
     factors = left.float(), right.float()
     if not all(map(all_finite, factors)):
         raise HiraError(f"The LoRA of module {module!r} has numbers beyond float32; use an earlier checkpoint.")
     return factors
 
 
-def _error(pair: Matrices, left: Tensor, right: Tensor) -> tuple[float, float]:
+def _error(pair: LayerMatrices, left: Tensor, right: Tensor) -> tuple[float, float]:
     """The squared norms of W0 * BA - left right and of W0 * BA."""
     lost = total = 0.0
-    for where, weight, delta in pair.blocks():
-        assert weight is not None
-        update = weight * delta
+    for where, update in pair.updates():
         total += float(update.square().sum())
         lost += float((update - left[where].double() @ right.double()).square().sum())
     return lost, total
 
 
-def _lora_tensors(module: str, factors: Factors, pair: Matrices, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """Of L as left right, PEFT's tensors of LoRA."""
-    if pair.transposed:
+def _lora_tensors(module: str, factors: Factors, transposed: bool, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """PEFT's tensors of a LoRA whose update is left right."""
+    if transposed:
         left, right = right.t(), left.t()
-    A, B, kind = factors
+    A, B = factors.shapes
     key, rank = f"{PREFIX}{module}", len(right)
-    if kind == "embedding":  # (num, r) and (r, dim), of which PEFT keeps the transposes
+    if factors.kind == "embedding":  # (num, r) and (r, dim), of which PEFT keeps the transposes
         return {
             f"{key}.lora_embedding_A": left.t().contiguous(),
             f"{key}.lora_embedding_B": right.t().contiguous(),
         }
     return {
-        f"{key}.lora_A.weight": right.reshape(rank, *A.shape[1:]).contiguous(),
-        f"{key}.lora_B.weight": left.reshape(len(B), rank, *B.shape[2:]).contiguous(),
+        f"{key}.lora_A.weight": right.reshape(rank, *A[1:]).contiguous(),
+        f"{key}.lora_B.weight": left.reshape(B[0], rank, *B[2:]).contiguous(),
     }

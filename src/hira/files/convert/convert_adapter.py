@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.convert import conversion
 from hira.files.convert.conversion import LoraReport
-from hira.files.io.adapter_folder import PREFIX, Adapter, read_adapter, read_config, read_tensors, sort_tensors
-from hira.files.io.hub import located
-from hira.files.io.model_card import CARD, card, name_of, quoted
+from hira.files.io.adapter_folder import PREFIX, Adapter, read_adapter, read_config, read_tensors
+from hira.files.io.hub import PathLike, located, name_of
+from hira.files.io.model_card import CARD, card, quoted
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_CONFIG, ADAPTER_TENSORS
-from hira.files.io.safetensors_file import entry_of, header_bytes, in_safetensors_order, tensor_bytes
 from hira.files.model.base_weights import BaseWeights
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,24 @@ def convert_adapter(
     output = Output(out, overwrite, [adapter] if base is None else [adapter, base])
     output.check_target()
     found = _read(adapter, source, allow_pickle)
-    config, tensors, lora = found.config, found.tensors, None
-    notes: list[str] = []
+    config: Mapping[str, Any] = found.config
+    tensors: Mapping[str, Tensor] = found.tensors
+    lora, notes = None, list[str]()
     if base is not None and rank is not None:
         weights = BaseWeights(base, found, any_base)
         notes = weights.notes
-        config, tensors, lora = conversion.to_lora(config, tensors, weights, rank)
-        tensors |= _attention_outputs(found, weights, rank)
+        config, converted, lora = conversion.to_lora(found, weights, rank)
+        tensors = {**converted, **_attention_outputs(found, weights, rank)}
     elif fold:
-        config, tensors = conversion.fold(config, tensors)
+        config, tensors = conversion.fold(found)
     result = Conversion(output.target, config["peft_type"], config["r"], len(found.modules), lora, tuple(notes))
     with output:
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         output.write(ADAPTER_CONFIG, f"{text}\n".encode())
-        _write_tensors(output, tensors)
+        contents = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        output.write(ADAPTER_TENSORS, save(contents, {"format": "pt"}))
         output.write(CARD, _card(found.path, result, source, fold, config.get("base_model_name_or_path")))
     return result
 
@@ -145,8 +147,7 @@ def _read(path: PathLike, source: str | None, allow_pickle: bool) -> Adapter:
         adapter = read_adapter(path, allow_pickle)
     else:
         root, config = read_config(path)
-        config, tensors = conversion.from_original(config, read_tensors(root, allow_pickle))
-        adapter = Adapter(root, config, tensors, *sort_tensors(f"the adapter {root}", tensors))
+        adapter = conversion.from_original(root, config, read_tensors(root, allow_pickle))
     adapter.check_finite()
     return adapter
 
@@ -161,15 +162,6 @@ def _attention_outputs(adapter: Adapter, weights: BaseWeights, rank: int) -> dic
             zeros[f"{PREFIX}{output}.lora_A.weight"] = torch.zeros(rank, width)
             zeros[f"{PREFIX}{output}.lora_B.weight"] = torch.zeros(width, rank)
     return zeros
-
-
-def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
-    """The file that safetensors itself would write, tensor by tensor."""
-    entries = in_safetensors_order(entry_of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
-    with output.create(ADAPTER_TENSORS) as file:
-        file.write(header_bytes(entries, {"format": "pt"}))
-        for entry in entries:
-            file.write(tensor_bytes(tensors[entry.name]))
 
 
 def _card(path: Path, result: Conversion, source: str | None, fold: bool, base: Any) -> bytes:

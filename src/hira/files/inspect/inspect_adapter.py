@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hira.errors import HiraError
-from hira.files.io.adapter_folder import Kind, read_adapter
+from hira.files.io.adapter_folder import Adapter, Kind, dtypes_and_shapes, read_adapter
 from hira.files.model.base_weights import BaseWeights
-from hira.files.model.layer_matrices import Factors, Matrices, check_shapes, matrices, pairs
+from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 from hira.ops import heuristics
 from hira.ops.dither import Noise, noise_of, round_into
 
@@ -112,48 +112,39 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists, strings and numbers, as JSON has them."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        """The report as dictionaries, tuples, strings and numbers, of which JSON can be made."""
+        return asdict(self)
 
 
-def inspect(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    weight_of: WeightOf | None = None,
-    *,
-    spectra: bool = True,
-    top: int = 64,
-) -> Report:
-    """Look at all layers of an adapter.
+def inspect(adapter: Adapter, weight_of: WeightOf | None = None, *, spectra: bool = True, top: int = 64) -> Report:
+    """Return the report of an adapter.
 
     Args:
-        config: its configuration, as in adapter_config.json.
-        tensors: by the keys of its file, ``base_model.model.<module>.hira_A``.
-        weight_of: gives a module's base weight as it is stored, or None where there is none; it is let go before the
-            next is asked for.
+        adapter: the adapter, all numbers of which are finite.
+        weight_of: returns a module's base weight as it is stored, or None where there is none.
         spectra: whether to find the singular values of W0 and of ``W0 * BA``.
         top: how many singular values to keep.
 
-    Returns:
-        The report.
-
     Raises:
-        HiraError: the adapter has no factors, or ones that are broken or fit neither each other nor the base weights,
-            or has `target_parameters`.
+        HiraError: as of `inspect_adapter`.
     """
-    factors, _ = pairs(tensors)
-    check_adapter(config)
-    layers = []
-    for module, (A, B, kind) in factors.items():
-        W0 = None if weight_of is None else weight_of(module)
-        fan_in_fan_out = bool(config.get("fan_in_fan_out"))
-        layers.append(
-            inspect_layer(W0, A, B, kind, name=module, fan_in_fan_out=fan_in_fan_out, spectra=spectra, top=top)
+    check_adapter(adapter.config)
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
+    layers = [
+        inspect_layer(
+            None if weight_of is None else weight_of(module),
+            *factors.pair(),
+            factors.kind,
+            name=module,
+            fan_in_fan_out=transposed,
+            spectra=spectra,
+            top=top,
         )
-        del W0
+        for module, factors in adapter.modules.items()
+    ]
     return Report(
-        config=_plain(config),
-        parameters=sum(value.numel() for value in tensors.values()),
+        config=dict(adapter.config),
+        parameters=sum(math.prod(shape) for _, shape in dtypes_and_shapes(adapter.tensors).values()),
         layers=tuple(layers),
         relative_norm=_overall(layers),
         bfloat16_lost=_lost(layers, lambda layer: layer.bfloat16_lost),
@@ -189,7 +180,8 @@ def inspect_adapter(
     """
     found = read_adapter(adapter, allow_pickle)
     weight_of = None if base is None else BaseWeights(base, found, any_base)
-    report = inspect(found.config, found.tensors, weight_of, spectra=spectra)
+    found.check_finite()
+    report = inspect(found, weight_of, spectra=spectra)
     return report if weight_of is None else replace(report, notes=tuple(weight_of.notes))
 
 
@@ -222,19 +214,14 @@ def inspect_layer(
         spectra: whether to find the singular values of W0 and of U.
         top: how many singular values to keep.
 
-    Returns:
-        The report.
-
     Raises:
-        HiraError: A and B do not fit each other or W0, are not finite, or are so large that a norm is not; or W0 is
-            quantised or not finite.
+        HiraError: W0 is not finite, or A and B are so large that a norm is not.
 
     Cost: with m rows, n columns and n <= m, 2 m n r for the norms, and for both spectra 4 m n^2, some 20 n^3 more, and
     memory for three matrices of n x n: about a minute for 4096 x 4096 on two cores. Above n = 8192 W0 and U have no
     spectra.
     """
-    check_shapes(name, A, B, kind)
-    pair = matrices(name, Factors(A, B, kind), W0, fan_in_fan_out)
+    pair = layer_matrices(name, A, B, kind, W0, fan_in_fan_out)
     columns = pair.right.shape[1]
     known = W0 is not None and spectra and columns <= MAX_DIM
     sums, grams = _Sums(pair), [pair.left.new_zeros(columns, columns, dtype=torch.float64) for _ in range(2 * known)]
@@ -282,7 +269,7 @@ def check_adapter(config: Mapping[str, Any]) -> None:
 class _Sums:
     """What is added up over the blocks of a layer."""
 
-    def __init__(self, pair: Matrices) -> None:
+    def __init__(self, pair: LayerMatrices) -> None:
         self.delta = self.weight = self.update = self.kept = self.kept_to_nearest = self.largest = 0.0
         self.near = self.changed = self.moved = 0
         self._noise: Noise | None = None
@@ -323,7 +310,7 @@ class _Sums:
         return 1 - kept / self.update if self.update and math.isfinite(kept) else None
 
 
-def _low_rank_values(pair: Matrices) -> Tensor:
+def _low_rank_values(pair: LayerMatrices) -> Tensor:
     """The singular values of left right, from those of a matrix no larger than r x r."""
     left, right = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (pair.left, pair.right.t()))
     values: Tensor = torch.linalg.svdvals(left @ right.t())
@@ -363,16 +350,3 @@ def _lost(layers: list[LayerReport], of: Callable[[LayerReport], float | None]) 
     if not whole or any(norm is None or lost is None for norm, lost in changed):
         return None
     return sum((norm / whole) ** 2 * lost for norm, lost in changed if norm is not None and lost is not None)
-
-
-def _plain(value: Any) -> Any:
-    """Sets and tuples as lists, and everything that JSON does not have as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)

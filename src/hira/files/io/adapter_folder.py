@@ -21,7 +21,6 @@ from hira.files.io.strict_json import read_object
 
 PREFIX = "base_model.model."
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-_MAX_CONFIG = 10_000_000
 _PIECE = 1 << 22  # entries that are looked at at a time
 _PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B"}
 
@@ -66,7 +65,7 @@ def stacked(where: str, parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tup
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read anew where it is asked for."""
+    """The tensors of a safetensors file by name, each read from the file at every access."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -85,15 +84,16 @@ class TensorFile(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Factors:
-    """A and B of one module, read anew at each access.
+    """A and B of one module, read from the file at every access.
 
     Args:
         tensors: the adapter's tensors.
         keys: the names of A and B among them.
-        shapes: their shapes: A (r, in) and B (out, r), with the kernel behind for a convolution.
+        shapes: their shapes: A (r, in) and B (out, r), with the kernel behind for a convolution; A (r, num_embeddings)
+            and B (dim, r) for an embedding.
         kind: "embedding" and "convolution" are known by name and shape; a "matrix" may be that of a linear layer, of
             attention, or of stacked experts, which only the base model tells.
-        parts: factors that these are joined from, as `stacked` takes them; none for those that are in the file.
+        parts: the factors that these are joined from, as `stacked` takes them; none for those that are in the file.
     """
 
     tensors: Mapping[str, Tensor]
@@ -102,24 +102,16 @@ class Factors:
     kind: Kind
     parts: tuple[tuple[Factors, ...], ...] = ()
 
-    @property
-    def A(self) -> Tensor:
-        """The factor of inputs, (r, in, ...)."""
-        return self._joined[0] if self.parts else self.tensors[self.keys[0]]
-
-    @property
-    def B(self) -> Tensor:
-        """The factor of outputs, (out, r, ...)."""
-        return self._joined[1] if self.parts else self.tensors[self.keys[1]]
-
-    @property
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        return stacked(self.keys[0], [[(part.A, part.B) for part in pairs] for pairs in self.parts])
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Read A and B."""
+        if self.parts:
+            return stacked(self.keys[0], [[part.pair() for part in row] for row in self.parts])
+        return self.tensors[self.keys[0]], self.tensors[self.keys[1]]
 
     @property
     def all_keys(self) -> list[tuple[str, str]]:
         """The names of all pairs A and B in the file that these factors are, or are joined from."""
-        return [part.keys for pairs in self.parts for part in pairs] or [self.keys]
+        return [part.keys for row in self.parts for part in row] or [self.keys]
 
     @property
     def rank(self) -> int:
@@ -129,11 +121,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A HiRA adapter as it lies on a disk.
+    """A HiRA adapter in a folder.
 
     Args:
         path: its folder's real path.
-        config: what `adapter_config.json` says.
+        config: its `adapter_config.json`.
         tensors: its tensors by their names in the file.
         modules: its factors by the module's name in the base model; where wrappers nest, with ``.base_layer`` behind it
             for each wrapper around the one that is meant.
@@ -142,7 +134,7 @@ class Adapter:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     modules: dict[str, Factors]
     others: dict[str, str]
@@ -153,7 +145,7 @@ class Adapter:
             if not all(map(all_finite, _pieces(self.tensors, name))):
                 raise HiraError(
                     f"tensor {name!r} of the adapter {self.path} has a NaN or an infinity; its training diverged, or "
-                    "the file is damaged. Take an earlier checkpoint."
+                    "the file is damaged. Use an earlier checkpoint."
                 )
 
 
@@ -175,8 +167,7 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
     root, config = read_config(path)
     if config.get("peft_type") != "HIRA":
         raise HiraError(f"{root / ADAPTER_CONFIG} has {not_hira(config)}")
-    tensors = read_tensors(root, allow_pickle)
-    return Adapter(root, config, tensors, *sort_tensors(f"the adapter {root}", tensors))
+    return adapter_of(root, config, read_tensors(root, allow_pickle))
 
 
 def not_hira(config: Mapping[str, Any]) -> str:
@@ -186,8 +177,8 @@ def not_hira(config: Mapping[str, Any]) -> str:
         return f"{found}. It is of the HiRA paper's repository: `hira convert --from original` makes it PEFT's."
     if config.get("peft_type") == "LORA":
         return (
-            f"{found}: it is a LoRA of rank {config.get('r')!r}. Nothing here reads LoRA, and it needs no conversion: "
-            "load it with PeftModel.from_pretrained, and merge it with merge_and_unload()."
+            f"{found}: it is a LoRA of rank {config.get('r')!r}. Load it with PeftModel.from_pretrained, and merge it "
+            "with merge_and_unload()."
         )
     return f"{found}. Adapters of other methods are for PEFT alone."
 
@@ -197,18 +188,11 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     root = opened_folder(located(path, "adapter"), "the adapter", ON_HUB)
     if not os.path.lexists(root / ADAPTER_CONFIG):
         raise HiraError(not_an_adapter(root))
-    return root, read_object(inside(root, ADAPTER_CONFIG), _MAX_CONFIG)
+    return root, read_object(inside(root, ADAPTER_CONFIG))
 
 
 def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]:
-    """Return the tensors of an adapter's folder by their names in the file.
-
-    Args:
-        root: the folder's real path.
-        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
-
-    Returns:
-        The tensors, of whatever method; those of a safetensors file are read as they are asked for.
+    """Return the tensors of an adapter's folder, of whatever method; those of a safetensors file are not read yet.
 
     Raises:
         HiraError: there is no file of tensors, only a pickle that is not allowed, or one that is damaged.
@@ -222,11 +206,7 @@ def read_tensors(root: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]
             f"{root} has its tensors in {ADAPTER_PICKLE} only, a pickle, which can run code when it is read. If you "
             "trust it, pass --allow-pickle (allow_pickle=True)."
         )
-    return _unpickled(inside(root, ADAPTER_PICKLE))
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, of which PyTorch runs nothing but what makes tensors."""
+    path = inside(root, ADAPTER_PICKLE)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle may fail with any
@@ -239,15 +219,13 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, str]]:
-    """Tell an adapter's tensors apart by their names.
+def adapter_of(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """Return the adapter that a configuration and tensors are; dtypes and shapes are checked, values are not read.
 
     Args:
-        where: whose they are, for messages.
-        tensors: the tensors by the names that PEFT gives them in a file.
-
-    Returns:
-        `Adapter.modules` and `Adapter.others`. Dtypes and shapes are checked; the values in a file are not read.
+        path: its folder.
+        config: its configuration.
+        tensors: its tensors by the names that PEFT gives them in a file.
 
     Raises:
         HiraError: a tensor is not of HiRA's, A or B lacks the other, or their ranks differ.
@@ -256,13 +234,15 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
     for key in tensors:
         other = keys.setdefault(plain_name(key), key)
         if other != key:
-            raise HiraError(f"tensors {other!r} and {key!r} of {where} differ by the names of wrappers alone.")
+            raise HiraError(
+                f"tensors {other!r} and {key!r} of the adapter {path} differ by the names of wrappers alone."
+            )
     found = dtypes_and_shapes(tensors)
     described = {name: found[key] for name, key in keys.items()}
     modules: dict[str, Factors] = {}
     others: dict[str, str] = {}
     for key, (dtype, _) in described.items():
-        what = f"tensor {keys[key]!r} of {where}"
+        what = f"tensor {keys[key]!r} of the adapter {path}"
         if not key.startswith(PREFIX):
             raise HiraError(f"{what} must have a name that starts with {PREFIX!r}; PEFT did not write it.")
         module, _, last = key[len(PREFIX) :].rpartition(".")
@@ -284,8 +264,15 @@ def sort_tensors(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, F
         A, B = (described[name][1] for name in pair)
         modules[module] = Factors(tensors, in_file, (A, B), _kind(what, A, B, "embedding" in last))
     if not modules:
-        raise HiraError(f"{where} has no factors of HiRA; there is nothing to apply.")
-    return modules, others
+        raise HiraError(f"the adapter {path} has no factors of HiRA; there is nothing to apply.")
+    return Adapter(path, config, tensors, modules, others)
+
+
+def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the dtype and shape of each tensor, of which those in a file are not read."""
+    if isinstance(tensors, TensorFile):
+        return {name: (entry.dtype, entry.shape) for name, entry in tensors.header.entries.items()}
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
@@ -297,13 +284,6 @@ def _pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     else:
         pieces = (tensor for tensor in (tensors[name],))
     return (piece.float() if piece.itemsize == 1 else piece for piece in pieces)
-
-
-def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of each tensor, of which those in a file are not read."""
-    if isinstance(tensors, TensorFile):
-        return {name: (entry.dtype, entry.shape) for name, entry in tensors.header.entries.items()}
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _kind(what: str, A: tuple[int, ...], B: tuple[int, ...], is_embedding: bool) -> Kind:

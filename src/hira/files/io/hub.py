@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from glob import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hira.errors import HiraError
 from hira.files.io.recognise import (
@@ -26,15 +25,20 @@ from hira.files.io.strict_json import read_object
 PathLike = str | os.PathLike[str]
 ON_HUB = ", or pass a name on the hub such as owner/name"
 _ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/?$")
+_CACHED = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
 
 
 def hub_id(name: str) -> str | None:
     """Return the repository that a name means: `owner/name`, with a revision or not, or a path in the hub's cache."""
     if (cached := _CACHED.search(name)) is not None:
-        return f"{cached[1]}/{cached[2]}"
+        return cached[1].replace("--", "/", 1)
     match = _ID.fullmatch(name)
     return match and match[1]
+
+
+def name_of(folder: Path) -> str:
+    """Return a model's or adapter's name: its repository's where it lies in the hub's cache, else its folder's."""
+    return hub_id(str(folder)) or folder.name
 
 
 def located(path: PathLike, kind: Literal["model", "adapter"]) -> PathLike:
@@ -45,9 +49,6 @@ def located(path: PathLike, kind: Literal["model", "adapter"]) -> PathLike:
         kind: what is needed of it: an adapter's configuration and tensors, or all of a model but for pickles and
             copies of its weights in other formats.
 
-    Returns:
-        The path, or the snapshot's in the cache, which HF_HOME says.
-
     Raises:
         HiraError: there is no such repository or revision, or the hub cannot be reached and the cache does not have it.
     """
@@ -55,31 +56,23 @@ def located(path: PathLike, kind: Literal["model", "adapter"]) -> PathLike:
     if match is None or os.path.lexists(path):
         return path
     if kind == "adapter":
-        root = _download(match, kind, [ADAPTER_CONFIG, ADAPTER_TENSORS, f"*/{ADAPTER_CONFIG}"])
+        root = _download(match, kind, allow_patterns=[ADAPTER_CONFIG, ADAPTER_TENSORS, f"*/{ADAPTER_CONFIG}"])
         pickled = not os.path.lexists(root / ADAPTER_TENSORS) and os.path.lexists(root / ADAPTER_CONFIG)
-        return _download(match, kind, [ADAPTER_PICKLE]) if pickled else root
-    root = _download(match, kind, None, [f"*{suffix}" for suffix in sorted(PICKLES | WEIGHTS)])
+        return _download(match, kind, allow_patterns=[ADAPTER_PICKLE]) if pickled else root
+    root = _download(match, kind, ignore_patterns=[f"*{suffix}" for suffix in sorted(PICKLES | WEIGHTS)])
     names: set[object] = {SINGLE}
     if os.path.lexists(root / INDEX):
         weight_map = read_object(inside(root, INDEX)).get("weight_map")
         names |= {*(weight_map.values() if isinstance(weight_map, dict) else ())}
-    return _download(match, kind, [escape(name) for name in names if isinstance(name, str)])
+    return _download(match, kind, allow_patterns=[escape(name) for name in names if isinstance(name, str)])
 
 
-def _download(match: re.Match[str], kind: str, allow: list[str] | None, ignore: Iterable[str] | None = None) -> Path:
+def _download(match: re.Match[str], kind: str, **patterns: Any) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns |= {"library_name": "hira", "library_version": version("hira")}
     try:
-        return Path(
-            snapshot_download(
-                match[1],
-                revision=match[2],
-                allow_patterns=allow,
-                ignore_patterns=None if ignore is None else [*ignore],
-                library_name="hira",
-                library_version=version("hira"),
-            )
-        )
+        return Path(snapshot_download(match[1], revision=match[2], **patterns))
     except Exception as error:  # of the network's library, the hub's, or the system
         reason = " ".join(str(error).split())[:400]
         raise HiraError(

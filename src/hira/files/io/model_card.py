@@ -8,21 +8,12 @@ import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from hira.files.io.printable import printable
 
 CARD = "README.md"
-
-
-def name_of(folder: Path) -> str:
-    """A model's or adapter's name: that of its repository where it lies in the hub's cache, else its folder's."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return folder.name
 
 
 def card(

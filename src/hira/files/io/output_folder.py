@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 from hira.errors import HiraError
 from hira.files.io.manifest import MANIFEST, STATE, FileRecord, check_relative, files_of, record_of, records_of
 from hira.files.io.manifest import records_to_json as to_json
-from hira.files.io.output_file import BLOCK, OutputFile, Threads
+from hira.files.io.output_file import BLOCK, OutputFile
 from hira.files.io.strict_json import read_object
 from hira.files.io.system import explained, locked, sync
 
@@ -44,7 +45,7 @@ class Output:
         self,
         target: PathLike,
         overwrite: bool = False,
-        base: PathLike | Sequence[PathLike] = (),
+        base: Sequence[PathLike] = (),
         required_bytes: int = 0,
         job: str | None = None,
         about: Mapping[str, Any] | None = None,
@@ -57,8 +58,7 @@ class Output:
         self._old = self.target.parent / f".{self.target.name}.hira-old"
         self._overwrite, self.required_bytes, self._job = overwrite, required_bytes, job
         self._about = dict(about or {})
-        bases = [base] if isinstance(base, str | os.PathLike) else base
-        self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in bases]
+        self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in base]
         self._finished: dict[str, FileRecord] = {}
         self._kept: dict[str, FileRecord] = {}
         self._stack = ExitStack()
@@ -76,8 +76,7 @@ class Output:
             self._kept = self._read_state()
             self._clear(keep={*self._kept, STATE} if self._kept else set())
             self._check_space()
-            self._threads = Threads()
-            stack.callback(self._threads.shutdown)
+            self._hasher = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
 
@@ -122,16 +121,14 @@ class Output:
         with explained(path, self._hint()):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb", buffering=0) as raw:
-                file = OutputFile(raw, self._threads)
+                file = OutputFile(raw, self._hasher)
                 try:
                     yield file
-                    record = file.finish()
                     os.fsync(raw.fileno())
                 except BaseException:
-                    file.settle()
                     path.unlink(missing_ok=True)
                     raise
-            self._finished[name] = record
+            self._finished[name] = file.record()
             self._write_state()
 
     def write(self, name: str, data: bytes) -> None:
@@ -139,13 +136,11 @@ class Output:
         with self.create(name) as file:
             file.write(data)
 
-    def copy(self, source: PathLike, name: str, size: int | None = None) -> None:
-        """Copy the content of a file; errors as of `create`, and where it is not of the size that is given."""
+    def copy(self, source: PathLike, name: str) -> None:
+        """Copy the content of a file; errors as of `create`, and where it cannot be read."""
         with self.create(name) as file:
             for chunk in _content(Path(source)):
                 file.write(chunk)
-            if size is not None and file.size != size:
-                raise HiraError(f"{source} had {size} bytes and now has {file.size}; leave it alone while it is read.")
 
     def free_bytes(self) -> int:
         """What is free on the disk of the target."""
@@ -226,25 +221,17 @@ class Output:
         sync(manifest)
         for folder, _, _ in os.walk(self.staging, topdown=False):
             sync(Path(folder))
-        self._check_empty()
-        state.unlink(missing_ok=True)  # last, so that a run that is killed before can go on
-        sync(self.staging)
-        self._put()
-        sync(self.target.parent)
-
-    def _check_empty(self) -> None:
         if not self._overwrite and self.target.exists() and any(self.target.iterdir()):
             raise HiraError(f"{self.target} was filled by another program meanwhile; the output is in {self.staging}.")
-
-    def _put(self) -> None:
-        """Rename the folder to its target; what was there goes when the new one is in place."""
-        if not self.target.exists():
-            self.staging.rename(self.target)
-            return
-        self.target.rename(self._old)  # `_recover` undoes this if the process is killed before the next line
+        state.unlink(missing_ok=True)  # last, so that a run that is killed before can go on
+        sync(self.staging)
+        if self.target.exists():
+            self.target.rename(self._old)  # `_recover` undoes this if the process is killed before the next line
         self.staging.rename(self.target)
         sync(self.target.parent)
-        shutil.rmtree(self._old)
+        if self._old.exists():
+            shutil.rmtree(self._old)
+            sync(self.target.parent)
 
     def _clear(self, keep: set[str]) -> None:
         """Remove all files of the staging folder but some, and folders that are empty then."""

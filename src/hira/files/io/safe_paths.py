@@ -67,7 +67,7 @@ def inside(root: Path, name: str, *, weights: bool = False) -> Path:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:
-        raise HiraError(f"{path} is missing, or cannot be reached; get the folder's files anew.") from error
+        raise HiraError(f"{path} is missing, or cannot be reached; download the folder's files again.") from error
     if not (weights or real.is_relative_to(root) or _is_blob(path, real, _blobs(root))):
         raise HiraError(
             f"{path} is a link to {real}, outside its folder, which only safetensors files may be; put the file "

@@ -19,11 +19,11 @@ import torch
 
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter, read_adapter
-from hira.files.io.model_card import CARD, card, dtype_name, name_of, quoted
+from hira.files.io.hub import name_of
+from hira.files.io.model_card import CARD, card, dtype_name, quoted
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
-from hira.files.io.safetensors_file import header_bytes
 from hira.files.merge.plan import Options, Plan, Rounding, plan_merge
 from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import CONFIG, Parameters
@@ -46,7 +46,7 @@ class MergeReport:
         out: the folder of the merged model.
         dry_run: whether nothing was written.
         merged: the names of the tensors with W'.
-        replaced: those that an adapter brought whole.
+        replaced: those that an adapter saved whole.
         added: those that the base model's files lack.
         tensors: the number of all tensors.
         shards: the sizes of the files of weights, by name.
@@ -130,7 +130,7 @@ def merge_checkpoint(
     start = time.monotonic()
     folders = _folders(adapters)
     factors = _weights(folders, weights)
-    options = Options(_dtype(dtype), _rounding(rounding), _limit(max_shard_size))
+    options = _options(dtype, rounding, max_shard_size)
     # before anything is downloaded
     Output(out, overwrite, [folder for folder in (base, *folders) if os.path.isdir(folder)]).check_target()
     model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
@@ -175,33 +175,25 @@ def merge_checkpoint(
 def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list[str]:
     """Write the files of weights; those that were finished before are returned."""
     resumed, done = [], 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, plan.nbytes)
-
     with Workers() as workers:
         for shard in plan.shards:
             if output.resumed(shard.name):
                 resumed.append(shard.name)
-                advance(shard.nbytes)
-            elif shard.source is not None:
-                output.copy(shard.source.path, shard.name, shard.source.size)
-                advance(shard.nbytes)
             else:
+                size, before = shard.size, shard.size - shard.nbytes
                 with output.create(shard.name) as file:
-                    file.write(header_bytes((tensor.entry for tensor in shard.tensors), shard.metadata or None))
-                    start = file.size
-                    for data in workers.made(part for tensor in shard.tensors for part in tensor.parts()):
+                    for data in workers.made(shard.parts()):
                         file.write(data)
-                        advance(len(data))
-                    if file.size - start != shard.nbytes:
+                        if progress is not None:
+                            progress(done + max(file.size - before, 0), plan.nbytes)
+                    if file.size != size:
                         raise HiraError(
-                            f"{shard.name} should have {shard.nbytes} bytes of tensors, but {file.size - start} were "
-                            "made: the base model changed meanwhile, or this is an error of hira."
+                            f"{shard.name} should have {size} bytes, but {file.size} were made: the base model "
+                            "changed meanwhile, or this is an error of hira."
                         )
+            done += shard.nbytes
+            if progress is not None:
+                progress(done, plan.nbytes)
     return resumed
 
 
@@ -308,27 +300,18 @@ def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> l
     return found
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
+def _options(dtype: str | torch.dtype | None, rounding: Rounding | None, max_shard_size: int | str | None) -> Options:
     name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name not in DTYPES:
+    if name is not None and name not in DTYPES:
         raise HiraError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def _rounding(rounding: Rounding | None) -> Rounding | None:
     if rounding not in (None, "nearest", "dither"):
         raise HiraError(f"rounding must be 'nearest' or 'dither', not {rounding!r}.")
-    return rounding
-
-
-def _limit(size: int | str | None) -> int | None:
-    limit = None if size is None else size_in_bytes(size)
-    if size is not None and limit is None:
-        raise HiraError(f"max_shard_size must be a number of bytes above 0, or a text such as '5GB', not {size!r}.")
-    return limit
+    limit = None if max_shard_size is None else size_in_bytes(max_shard_size)
+    if max_shard_size is not None and limit is None:
+        raise HiraError(
+            f"max_shard_size must be a number of bytes above 0, or a text such as '5GB', not {max_shard_size!r}."
+        )
+    return Options(None if name is None else getattr(torch, name), rounding, limit)
 
 
 def size_in_bytes(size: int | str) -> int | None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import chain
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import FLOATS, TensorFile
 from hira.files.io.model_card import dtype_name
 from hira.files.io.recognise import SINGLE
-from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, in_safetensors_order
-from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, merged_parts
-from hira.files.model.parameters import IN_MEMORY, Location, Parameters, StoredMatrix, matrices_of
+from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, in_safetensors_order
+from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, copied_parts, merged_parts
+from hira.files.model.parameters import IN_MEMORY, Parameters, matrices_of
 from hira.files.model.quantisation import REAL
-from hira.files.model.targets import Changes, Replaced, Target
+from hira.files.model.targets import Changes, SavedParameter, Target
 from hira.ops.heuristics import HALF
 
 Rounding = Literal["nearest", "dither"]
@@ -43,14 +41,7 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A file that is to be written.
-
-    Args:
-        name: its name.
-        tensors: its tensors, in the order of their bytes.
-        metadata: what its `__metadata__` says.
-        source: the file that it is a copy of, if all of it is.
-    """
+    """A file that is to be written: tensors in the order of their bytes; `source` is the file that it is a copy of."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
@@ -62,6 +53,24 @@ class Shard:
         """The bytes of its tensors."""
         return sum(tensor.entry.nbytes for tensor in self.tensors)
 
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        return self.source.size if self.source is not None else len(self.header()) + self.nbytes
+
+    def header(self) -> bytes:
+        """Return the bytes before the tensors."""
+        return header_bytes((tensor.entry for tensor in self.tensors), self.metadata or None)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts that make its bytes."""
+        if self.source is not None:
+            yield from copied_parts(self.source, 0, self.source.size)
+        else:
+            yield lambda: memoryview(self.header())
+            for tensor in self.tensors:
+                yield from tensor.parts()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,10 +78,10 @@ class Plan:
 
     Args:
         shards: its files of weights.
-        index: what the index of the shards says; None for a single file.
-        config: what `config.json` says, where it differs from the base model's; else None.
+        index: the content of the index of the shards; None for a single file.
+        config: the content of `config.json`, where it differs from the base model's; else None.
         merged: the names in the files of the tensors with W'.
-        replaced: those that an adapter brings whole.
+        replaced: those that an adapter saves whole.
         added: those that the base model's files lack.
         notes: what a user should know.
     """
@@ -92,19 +101,11 @@ class Plan:
 
 
 def plan_merge(parameters: Parameters, changes: Changes, options: Options) -> Plan:
-    """Plan a merged model, reading headers alone.
-
-    Args:
-        parameters: those of the base model.
-        changes: what the adapters do to them.
-        options: how it is to be written.
-
-    Returns:
-        The plan; no tensor is read for it.
+    """Plan a merged model from the headers of its files; no tensor is read.
 
     Raises:
         HiraError: the model is quantised and a dtype asked for, a weight cannot be rounded as asked for, a parameter
-            that an adapter brings is of another shape, or what has to be added to the files would not be found in them.
+            that an adapter saves is of another shape, or what has to be added to the files would not be found in them.
     """
     if options.dtype is not None and parameters.config.get("quantization_config"):
         raise HiraError(
@@ -131,8 +132,7 @@ def _shards(parameters: Parameters, changes: Changes, found: _Tensors, options: 
     prefix = changes.prefix if found.added else ""
     shards = []
     for name, header in folder.shards.items():
-        entries = header.by_offset()
-        tensors = [found.changed.get(e.name) or found.unchanged(e.name, header, e) for e in entries]
+        tensors = [found.changed.get(e.name) or found.unchanged(e.name, header, e) for e in header.entries.values()]
         same = all(tensor.copied for tensor in tensors) and not prefix
         shards.append(Shard(name, tuple(_prefixed(tensors, prefix)), header.metadata, header if same else None))
     if found.added:
@@ -185,12 +185,12 @@ def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[
     """The configuration of the merged model, if it differs from the base model's."""
     config: dict[str, Any] = deepcopy(parameters.config)
     tables = parameters.embeddings()
-    changing = {*changes.targets, *changes.replaced}
+    changing = {*changes.targets, *changes.saved}
     if changing.intersection(tables) and len({parameters.tied(table) for table in tables}) < len(tables):
         config["tie_word_embeddings"] = False
         _set(config, "tie_word_embeddings", {True: False})
-    resized = [table for table in tables if table in changes.replaced and parameters.holder(table) is not None]
-    rows = {changes.replaced[table].shape[0]: parameters.shape(table)[0] for table in resized}
+    resized = [table for table in tables if table in changes.saved and parameters.holder(table) is not None]
+    rows = {changes.saved[table].shape[0]: parameters.shape(table)[0] for table in resized}
     _set(config, "vocab_size", {old: new for new, old in rows.items()})
     if options.dtype is not None and config:
         name = dtype_name(options.dtype)
@@ -211,16 +211,7 @@ def _set(config: dict[str, Any], key: str, values: Mapping[Any, Any]) -> None:
 
 
 class _Tensors:
-    """The tensors that change, by their names in the files.
-
-    Args:
-        parameters: the base model's parameters.
-        changes: what the adapters do to them.
-        options: how the model is to be written.
-
-    Raises:
-        HiraError: as `plan_merge` says.
-    """
+    """The tensors that change and those that are added, by their names in the files."""
 
     def __init__(self, parameters: Parameters, changes: Changes, options: Options) -> None:
         self._parameters, self._changes, self._options = parameters, changes, options
@@ -230,94 +221,91 @@ class _Tensors:
         self.replaced: list[str] = []
         self.notes: list[str] = []
         # few, because they are all that stays in memory from tensor to tensor
-        self._factors = lru_cache(2)(lambda name: changes.targets[name].factors())
+        self._pairs = lru_cache(2)(lambda name: changes.targets[name].pairs())
         self._check_ties()
         for target in changes.targets.values():
             self._modulate(target)
-        for name, new in changes.replaced.items():
+        for name, saved in changes.saved.items():
             if name not in changes.targets:
-                self._replace(name, new)
+                self._replace(name, saved)
         self._keep_shared_weights()
 
     def _modulate(self, target: Target) -> None:
-        """Put W' in the place of a parameter."""
+        """Put W' in the place of a parameter, in one tensor or in several, as those of experts are."""
         parameters, name = self._parameters, target.name
         stored = parameters.dtype(name)
         dtype = self._options.dtype or stored
         dither = self._dither(name, stored, dtype)
-        new = self._changes.replaced.get(name)
-        if new is not None:
-            self._check_shape(name, new)
-        matrices = parameters.matrices(name, target.experts is not None) if new is None else [new.matrix()]
-        merged = partial(
-            merged_parts,
-            transposed=target.transposed,
-            stored=stored,
-            dtype=dtype,
-            dither=dither,
-            what=f"{name} of {parameters.folder.path}",
-        )
-        whole = [partial(merged, W0, slice(None), partial(self._pair, name, e)) for e, W0 in enumerate(matrices)]
+        saved = self._changes.saved.get(name)
+        if saved is not None:
+            self._check_shape(name, saved)
+        matrices = parameters.matrices(name, target.experts is not None) if saved is None else [saved.matrix()]
+
+        def plan(tensor: str, shape: tuple[int, ...], sources: list[tuple[int, slice]]) -> PlannedTensor:
+            """W' of some rows of some of the matrices, one after another."""
+
+            def parts() -> Iterator[Part]:
+                for i, rows in sources:
+                    yield from merged_parts(
+                        matrices[i],
+                        rows,
+                        lambda i=i: self._pairs(name)[i],  # type: ignore[misc]
+                        transposed=target.transposed,
+                        stored=stored,
+                        dtype=dtype,
+                        dither=dither,
+                        what=f"{name} of {parameters.folder.path}",
+                    )
+
+            self.merged.append(tensor)
+            return PlannedTensor(entry_of(tensor, dtype, shape), parts)
+
         location = parameters.location(name)
         if location.stacked:
-            self._modulate_apart(name, location, matrices, merged, dtype)
+            for i, tensors in enumerate(location.tensors):
+                first = 0
+                for tensor in tensors:
+                    shape = parameters.folder.tensors[tensor][1].shape
+                    self.changed[tensor] = plan(tensor, shape, [(i, slice(first, first + shape[0]))])
+                    first += shape[0]
             return
-        in_files = name in parameters.locations  # else it shares a weight that the files have under another name
-        tensor = location.tensors[0][0] if in_files else self._name_of_new(name)
-        shape = parameters.shape(name) if new is None else new.shape
-        planned = self.changed if in_files else self.added
-        planned[tensor] = PlannedTensor(
-            entry_of(tensor, dtype, shape), lambda: chain.from_iterable(parts() for parts in whole)
-        )
-        self.merged.append(tensor)
+        shape = parameters.shape(name) if saved is None else saved.shape
+        everything = [(i, slice(None)) for i in range(len(matrices))]
+        if name in parameters.locations:
+            ((tensor,),) = location.tensors
+            self.changed[tensor] = plan(tensor, shape, everything)
+        else:  # it shares a weight that the files have under another name
+            tensor = self._name_of_new(name)
+            self.added[tensor] = plan(tensor, shape, everything)
 
-    def _modulate_apart(
-        self,
-        name: str,
-        location: Location,
-        matrices: list[StoredMatrix],
-        merged: Callable[..., Iterator[Part]],
-        dtype: torch.dtype,
-    ) -> None:
-        """Put W' in the place of a parameter that lies in several tensors, as that of experts does."""
-        for e, (tensors, W0) in enumerate(zip(location.tensors, matrices, strict=True)):
-            first = 0
-            for tensor in tensors:
-                shape = self._parameters.folder.tensors[tensor][1].shape
-                rows = slice(first, first + shape[0])
-                parts = partial(merged, W0, rows, partial(self._pair, name, e))
-                self.changed[tensor] = PlannedTensor(entry_of(tensor, dtype, shape), parts)
-                self.merged.append(tensor)
-                first += shape[0]
-
-    def _replace(self, name: str, new: Replaced) -> None:
-        """Put a parameter that an adapter brings in the place of the base model's, or beside it."""
+    def _replace(self, name: str, saved: SavedParameter) -> None:
+        """Put a parameter that an adapter saves in the place of the base model's, or beside it."""
         parameters = self._parameters
         if name not in parameters.locations:
-            tensor, dtype = self._name_of_new(name), new.dtype
+            tensor, dtype = self._name_of_new(name), saved.dtype
             if parameters.holder(name) is None:
-                self._check_new(name, new)
+                self._check_new(name, saved)
                 self.notes.append(f"{tensor} is new: load the merged model by a class that has it, with its sizes")
             else:
-                self._check_shape(name, new)
+                self._check_shape(name, saved)
                 dtype = parameters.dtype(name)
-            self.added[tensor] = self._of_adapter(tensor, new, dtype)
+            self.added[tensor] = self._of_adapter(tensor, saved, dtype)
             return
         location = parameters.location(name)
         if location.stacked or len(location.tensors[0]) > 1:
             raise HiraError(
-                f"The adapter {new.adapter.path} brings {name} whole, which the files of {parameters.folder.path} have "
-                f"in parts. {IN_MEMORY}"
+                f"The adapter {saved.adapter.path} saves {name} whole, which {parameters.folder.path} has in parts. "
+                + IN_MEMORY
             )
         ((tensor,),) = location.tensors
-        self._check_shape(name, new)
-        self.changed[tensor] = self._of_adapter(tensor, new, parameters.dtype(name))
+        self._check_shape(name, saved)
+        self.changed[tensor] = self._of_adapter(tensor, saved, parameters.dtype(name))
         self.replaced.append(tensor)
 
     def _keep_shared_weights(self) -> None:
         """Write W0 under the names of parameters that shared a weight with one that changed, and do not change."""
         parameters = self._parameters
-        changing = {*self._changes.targets, *self._changes.replaced}
+        changing = {*self._changes.targets, *self._changes.saved}
         for name in sorted(changing & parameters.locations.keys()):
             names = parameters.tied(name)
             others = [other for other in names if other not in changing]
@@ -325,12 +313,12 @@ class _Tensors:
                 continue
             for other in others[:1] if names[0] in others else others:
                 tensor = self._name_of_new(other)
-                new = self._changes.replaced.get(name) if name in self._changes.targets else None
+                saved = self._changes.saved.get(name) if name in self._changes.targets else None
                 ((old,),) = parameters.location(name).tensors
                 self.added[tensor] = (
                     self.unchanged(tensor, *parameters.folder.tensors[old])
-                    if new is None
-                    else self._of_adapter(tensor, new, parameters.dtype(name))
+                    if saved is None
+                    else self._of_adapter(tensor, saved, parameters.dtype(name))
                 )
 
     def unchanged(self, name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
@@ -341,15 +329,12 @@ class _Tensors:
         (matrix,) = matrices_of(header, entry)
         return converted(name, entry.shape, matrix, dtype, f"tensor {entry.name!r} of {header.path}")
 
-    def _of_adapter(self, tensor: str, new: Replaced, dtype: torch.dtype) -> PlannedTensor:
-        dtype = (self._options.dtype or dtype) if new.dtype in FLOATS else new.dtype
-        tensors = new.adapter.tensors
-        if new.dtype == dtype and isinstance(tensors, TensorFile):
-            return copied(tensor, tensors.header, tensors.header.entry(new.key))
-        return converted(tensor, new.shape, new.matrix(), dtype, f"tensor {new.key!r} of {new.adapter.path}")
-
-    def _pair(self, name: str, e: int) -> tuple[Tensor, Tensor]:
-        return self._factors(name)[e]
+    def _of_adapter(self, tensor: str, saved: SavedParameter, dtype: torch.dtype) -> PlannedTensor:
+        dtype = (self._options.dtype or dtype) if saved.dtype in FLOATS else saved.dtype
+        tensors = saved.adapter.tensors
+        if saved.dtype == dtype and isinstance(tensors, TensorFile):
+            return copied(tensor, tensors.header, tensors.header.entry(saved.key))
+        return converted(tensor, saved.shape, saved.matrix(), dtype, f"tensor {saved.key!r} of {saved.adapter.path}")
 
     def _dither(self, name: str, stored: torch.dtype, dtype: torch.dtype) -> bool | None:
         rounding = self._options.rounding
@@ -367,44 +352,44 @@ class _Tensors:
             return
         vocabularies = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
         shapes = {name: parameters.shape(name) for name in self._changes.targets}
-        shapes |= {name: new.shape for name, new in self._changes.replaced.items()}
+        shapes |= {name: saved.shape for name, saved in self._changes.saved.items()}
         names = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] in vocabularies]
-        names += [name for name, target in self._changes.targets.items() if target.uses[0].factors.kind == "embedding"]
+        names += [name for name, target in self._changes.targets.items() if target.factors[0][0].kind == "embedding"]
         if names:
             raise HiraError(
                 f"{names[0]} may share its weight with another (tie_word_embeddings), but {parameters.folder.path} is "
                 f"of an architecture that this transformers does not have. {IN_MEMORY}"
             )
 
-    def _check_shape(self, name: str, new: Replaced) -> None:
+    def _check_shape(self, name: str, saved: SavedParameter) -> None:
         """Refuse a parameter of another shape than the base model's, but for a vocabulary that was resized."""
         parameters, shape = self._parameters, self._parameters.shape(name)
-        if new.shape == shape:
+        if saved.shape == shape:
             return
         tables = [table for table in parameters.embeddings() if parameters.holder(table) is not None]
-        rows = {found.shape[0] for table in tables if (found := self._changes.replaced.get(table)) is not None}
-        if name not in tables or new.shape[1:] != shape[1:] or len(rows) != 1:
+        rows = {found.shape[0] for table in tables if (found := self._changes.saved.get(table)) is not None}
+        if name not in tables or saved.shape[1:] != shape[1:] or len(rows) != 1:
             raise HiraError(
-                f"The adapter {new.adapter.path} brings {name} as {new.shape}, which is {shape} in "
+                f"The adapter {saved.adapter.path} has {name} as {saved.shape}, which is {shape} in "
                 f"{parameters.folder.path}: it is of another model, or of this one with other sizes."
             )
         # W0 of a target is also that of the tables that share it
-        both = {name for name in self._changes.targets if name in self._changes.replaced}
+        both = {name for name in self._changes.targets if name in self._changes.saved}
         shared = {other for name in both & parameters.locations.keys() for other in parameters.tied(name)}
-        if any(table not in self._changes.replaced and table not in shared for table in tables):
+        if any(table not in self._changes.saved and table not in shared for table in tables):
             raise HiraError(
-                f"The adapter {new.adapter.path} has a vocabulary of {new.shape[0]} instead of {shape[0]}, "
-                f"but brings only some of {', '.join(tables)}; the others are in the trained model alone. {IN_MEMORY}"
+                f"The adapter {saved.adapter.path} has a vocabulary of {saved.shape[0]} instead of {shape[0]}, "
+                f"but saves only some of {', '.join(tables)}; the others are in the trained model alone. {IN_MEMORY}"
             )
-        self.notes.append(f"{name} has {new.shape[0]} rows, not {shape[0]}: use the tokenizer of the adapter")
+        self.notes.append(f"{name} has {saved.shape[0]} rows, not {shape[0]}: use the tokenizer of the adapter")
 
-    def _check_new(self, name: str, new: Replaced) -> None:
+    def _check_new(self, name: str, saved: SavedParameter) -> None:
         """Refuse a parameter that only another model can have, not this one with another head."""
         parameters = self._parameters
         own = {other.partition(".")[0] for other in parameters.locations}
         if parameters.is_known and name.partition(".")[0] in own:
             raise HiraError(
-                f"The adapter {new.adapter.path} brings {name}, which {parameters.folder.path} does not have: it is of "
+                f"The adapter {saved.adapter.path} has {name}, which {parameters.folder.path} does not have: it is of "
                 f"another model. If it is not: {IN_MEMORY}"
             )
 

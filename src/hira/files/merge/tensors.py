@@ -1,4 +1,4 @@
-"""What each tensor of a merged model becomes, and the functions that make its bytes part by part."""
+"""The tensors of a merged model, and the functions that make their bytes part by part."""
 
 from __future__ import annotations
 
@@ -14,26 +14,23 @@ import torch
 from torch import Tensor
 
 from hira.errors import HiraError
-from hira.files.io.safetensors_file import Header, TensorEntry, all_finite, entry_of, read_bytes, tensor_bytes
+from hira.files.io.safetensors_file import Header, TensorEntry, all_finite, entry_of, read_range, tensor_bytes
 from hira.files.model.parameters import StoredMatrix
-from hira.ops.effective_weight import Modulation, block, modulation, row_blocks
+from hira.ops.effective_weight import block, modulation, row_blocks
 from hira.ops.heuristics import one_thread
-from hira.ops.workspace import Workspace, scratch
+from hira.ops.workspace import Workspace
 
 # bytes of a tensor that are copied or converted at a time
 _PART = 16 << 20
 
-# A part makes some bytes of a tensor. The next part of the same thread overwrites them.
+# A part makes some bytes of a tensor. The next part of the same thread may overwrite them.
 Part = Callable[[], memoryview]
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of the merged model.
+    """A tensor of the merged model: its name, dtype and shape, and the parts that make its bytes, in their order.
 
-    Args:
-        entry: its name, dtype and shape.
-        parts: yields the parts that make its bytes, in their order.
-        copied: whether its bytes are those of a tensor of the base model or of an adapter.
+    `copied` says whether its bytes are those of a tensor in a file.
     """
 
     entry: TensorEntry
@@ -68,28 +65,26 @@ class Workers:
 
 def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
     """Plan a tensor with the bytes of one in a file."""
+    begin, end = entry.begin, entry.begin + entry.nbytes
+    return PlannedTensor(replace(entry, name=name), lambda: copied_parts(header, begin, end), copied=True)
 
-    def parts() -> Iterator[Part]:
-        for start in range(0, entry.nbytes, _PART):
-            yield partial(read_bytes, header, entry.name, start, _PART, _memory)
 
-    return PlannedTensor(replace(entry, name=name), parts, copied=True)
+def copied_parts(header: Header, begin: int, end: int) -> Iterator[Part]:
+    """Yield the parts that read a file's bytes from one offset to another."""
+
+    def part(start: int) -> memoryview:
+        data: memoryview = read_range(header, start, min(start + _PART, end)).numpy().data
+        return data
+
+    return (partial(part, start) for start in range(begin, end, _PART))
 
 
 def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: torch.dtype, what: str) -> PlannedTensor:
-    """Plan a tensor in another dtype, rounded to nearest.
-
-    Args:
-        name: the tensor's name in the merged model.
-        shape: its shape.
-        matrix: its entries.
-        dtype: the dtype that it gets.
-        what: the tensor and its file, for messages.
-    """
+    """Plan a tensor with the entries of a matrix, rounded to nearest in a dtype; `what` names it in messages."""
 
     def part(rows: slice) -> memoryview:
         with one_thread():
-            exact = matrix.read(rows, _memory)
+            exact = matrix.read(rows)
             result = exact.to(dtype)
             overflows = result is not exact and not all_finite(result)
             if overflows and bool((exact.isfinite() & ~result.isfinite()).any()):
@@ -136,17 +131,12 @@ def merged_parts(
         )
 
     def whole() -> memoryview:
-        W0 = matrix.read(slice(None), None).to(stored).t()
+        W0 = matrix.read(slice(None)).to(stored).t()
         by, workspace = modulation(W0, *factors(), dtype, dither=dither), Workspace(W0, dtype)
         out = torch.empty_like(W0, dtype=dtype)
         for some in row_blocks(W0):
             out[some] = block(W0[some], by, workspace, some, single_threaded=True)
         return checked(out.t()[rows])
-
-    def part(like: Tensor, by: Modulation, some: slice) -> memoryview:
-        W0 = matrix.read(some, _memory).to(stored)
-        formed = block(W0, by, Workspace(like, dtype), some, single_threaded=True)
-        return checked(formed[max(first - some.start, 0) : last - some.start])
 
     if transposed:
         yield whole
@@ -154,17 +144,17 @@ def merged_parts(
     # W0's shape and dtype, from which the layers choose their blocks, in the memory of one number
     like = torch.empty(1, 1, dtype=stored, device="cpu").expand(matrix.rows, matrix.columns)
     by = modulation(like, *factors(), dtype, dither=dither)
+
+    def part(some: slice) -> memoryview:
+        formed = block(matrix.read(some).to(stored), by, Workspace(like, dtype), some, single_threaded=True)
+        return checked(formed[max(first - some.start, 0) : last - some.start])
+
     for some in row_blocks(like):
         if some.start < last and first < some.stop:
-            yield partial(part, like, by, some)
+            yield partial(part, some)
 
 
 def _begin(threads: int) -> None:
     """Give a new thread its number of PyTorch's threads; by itself it would take what another one has just set."""
     torch.get_num_threads()  # where PyTorch takes it
     torch.set_num_threads(threads)
-
-
-def _memory(nbytes: int) -> Tensor:
-    """Memory that the thread's next part overwrites; memory fresh from the system is slow."""
-    return scratch.take(nbytes, torch.uint8)[:nbytes]

@@ -32,8 +32,12 @@ class BaseWeights:
         self.notes = check_base(model, adapter, any_base)
         self._parameters, self._adapter = Parameters(model), adapter
         self._changes = changes_of(self._parameters, [adapter], [1.0], merging=False)
-        pairs = [(use.factors, target) for target in self._changes.targets.values() for use in target.uses]
-        self._targets = {keys: target for factors, target in pairs for keys in factors.all_keys}
+        self._targets = {
+            keys: target
+            for target in self._changes.targets.values()
+            for factors, _ in target.factors
+            for keys in factors.all_keys
+        }
 
     def name(self, module: str) -> str:
         """The name of a module's weight in the model."""
@@ -48,11 +52,11 @@ class BaseWeights:
                 f"The weight of module {module!r}, {target.name}, is a stack of {target.experts} matrices; such "
                 "adapters are only merged, with `hira merge`."
             )
-        new = self._changes.replaced.get(target.name)  # a resized embedding comes with its adapter
-        matrix = self._parameters.matrices(target.name, stacked=False)[0] if new is None else new.matrix()
-        shape = self._parameters.shape(target.name) if new is None else new.shape
-        W0 = matrix.read(slice(None), None).reshape(shape)
-        # which side of a square matrix is its inputs is known from the architecture; see `matrices`
+        saved = self._changes.saved.get(target.name)  # a resized embedding is in its adapter's file
+        matrix = self._parameters.matrices(target.name, stacked=False)[0] if saved is None else saved.matrix()
+        shape = self._parameters.shape(target.name) if saved is None else saved.shape
+        W0 = matrix.read(slice(None)).reshape(shape)
+        # which side of a square matrix is its inputs is known from the architecture; see `layer_matrices`
         assumed = bool(self._adapter.config.get("fan_in_fan_out"))
         is_square = factors.kind == "matrix" and W0.shape == W0.shape[::-1]
         return W0.t() if is_square and target.transposed != assumed else W0

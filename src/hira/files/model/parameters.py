@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hira.files.model.architecture import Architecture
 
 CONFIG = "config.json"
-Memory = Callable[[int], Tensor]
 IN_MEMORY = (
     "Merge in memory instead: load the model with transformers and the adapter with PEFT, and save what "
     "merge_and_unload() returns. Or save the base model with save_pretrained(..., save_original_format=False), which "
@@ -67,19 +66,12 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix whose rows are read when they are needed.
-
-    Args:
-        rows: the number of its rows.
-        columns: the number of its columns.
-        dtype: the dtype of its entries.
-        read: returns the rows of a slice, in the memory that its second argument gives, or in new memory for None.
-    """
+    """A matrix whose rows are read when they are needed: `read` returns the rows of a slice."""
 
     rows: int
     columns: int
     dtype: torch.dtype
-    read: Callable[[slice, Memory | None], Tensor]
+    read: Callable[[slice], Tensor]
 
     def row_blocks(self, nbytes: int) -> Iterator[slice]:
         """Split the rows into blocks of at most so many bytes, or of a single row."""
@@ -183,7 +175,7 @@ class Parameters:
         rows, columns = sum(entry.shape[0] for entry in entries[0]), entries[0][0].shape[1:]
         same = {(sum(entry.shape[0] for entry in parts), parts[0].shape[1:]) for parts in entries}
         if len(same) != 1 or {entry.shape[1:] for parts in entries for entry in parts} != {columns}:
-            raise HiraError(f"The tensors of {name} in {self.folder.path} differ in shape; get the files anew.")
+            raise HiraError(f"The tensors of {name} in {self.folder.path} differ in shape; download the files again.")
         return (len(entries), rows, *columns)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -207,9 +199,9 @@ def matrices_of(header: Header, entry: TensorEntry, stacked: bool = False) -> li
     count, rows = shape[:2] if stacked else (1, shape[0])
     columns = prod(shape[1 + stacked :])
 
-    def read(first: int, chosen: slice, memory: Memory | None) -> Tensor:
+    def read(first: int, chosen: slice) -> Tensor:
         start, stop, _ = chosen.indices(rows)
-        return read_tensor(header, entry.name, slice(first + start, first + stop), (count * rows, columns), memory)
+        return read_tensor(header, entry.name, slice(first + start, first + stop), (count * rows, columns))
 
     return [StoredMatrix(rows, columns, entry.dtype, partial(read, i * rows)) for i in range(count)]
 
@@ -218,13 +210,13 @@ def _joined(parts: list[StoredMatrix]) -> StoredMatrix:
     """The matrix whose rows are those of some matrices, one after another."""
     total = sum(part.rows for part in parts)
 
-    def read(chosen: slice, memory: Memory | None) -> Tensor:
+    def read(chosen: slice) -> Tensor:
         start, stop, _ = chosen.indices(total)
         found, first = [], 0
         for part in parts:
             begin, end = max(start - first, 0), min(stop - first, part.rows)
             if begin < end:
-                found.append(part.read(slice(begin, end), memory if end - begin == stop - start else None))
+                found.append(part.read(slice(begin, end)))
             first += part.rows
         return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter
-from hira.files.io.hub import hub_id
+from hira.files.io.hub import hub_id, name_of
 from hira.files.io.manifest import MANIFEST
-from hira.files.io.model_card import name_of
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.safe_paths import inside
 from hira.files.io.safetensors_file import read_bytes, tensor_bytes
@@ -155,14 +153,10 @@ def _same_weights(model: ModelFolder, named: str) -> bool | None:
         theirs, counterpart = other.tensors.get(name, (None, None))
         if theirs is None or counterpart is None or (entry.code, entry.shape) != (counterpart.code, counterpart.shape):
             continue
-        if read_bytes(header, name, 0, _SAMPLE, _memory) != read_bytes(theirs, name, 0, _SAMPLE, _memory):
+        if not torch.equal(read_bytes(header, name, 0, _SAMPLE), read_bytes(theirs, name, 0, _SAMPLE)):
             return False
         same = True
     return same
-
-
-def _memory(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def _fingerprint(adapter: Adapter) -> str:
     """A SHA-256 of an adapter's factors, which does not depend on the file that holds them."""
     digest = hashlib.sha256()
     for module, factors in sorted(adapter.modules.items()):
-        for factor in (factors.A, factors.B):
+        for factor in factors.pair():
             digest.update(json.dumps([module, str(factor.dtype), *factor.shape]).encode())
             digest.update(tensor_bytes(factor))
     return digest.hexdigest()

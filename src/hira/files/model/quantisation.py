@@ -46,5 +46,4 @@ def _packed(parameters: Parameters, name: str) -> str | None:
 def _narrow(parameters: Parameters, name: str) -> str | None:
     """A parameter with its dtype, if that is not of real numbers."""
     codes = [entry.code for entries in parameters.entries(name) for entry in entries if entry.code not in REAL]
-    dtype = DTYPES[codes[0]][1] if codes else None
-    return f"{name} of {f'torch.{dtype}' if dtype else codes[0]}" if codes else None
+    return f"{name} of {DTYPES.get(codes[0], codes[0])}" if codes else None

@@ -19,13 +19,6 @@ _BLOCK = 16 << 20
 _OTHER_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-class Use(NamedTuple):
-    """An adapter's factors on a parameter, and the number that its BA is multiplied by."""
-
-    factors: Factors
-    weight: float
-
-
 @dataclass(frozen=True)
 class Target:
     """A parameter with the factors on it.
@@ -34,20 +27,20 @@ class Target:
         name: its name in the model.
         experts: how many matrices it stacks; None if it is one by itself.
         transposed: whether it, or each of the matrices, is stored as (in, out).
-        uses: the factors, in the order of the adapters.
+        factors: those of each adapter in their order, with the number that its BA is multiplied by.
     """
 
     name: str
     experts: int | None
     transposed: bool
-    uses: list[Use] = field(default_factory=list)
+    factors: list[tuple[Factors, float]] = field(default_factory=list)
 
-    def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """For each matrix A (r, in) and B (out, r) of the summed rank, so that ``W' = W0 * (1 + BA)``.
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Read for each matrix A (r, in) and B (out, r) of the summed rank, so that ``W' = W0 * (1 + BA)``.
 
         For a parameter stored as (in, out) they are those of its transpose. A convolution's kernels are flattened.
         """
-        As, Bs = zip(*map(_matrices, self.uses), strict=True)
+        As, Bs = zip(*(_weighted(factors, weight) for factors, weight in self.factors), strict=True)
         if self.experts is None:
             return [(torch.cat(As), torch.cat(Bs, dim=1))]
         A = torch.cat([A.reshape(self.experts, -1, A.shape[1]) for A in As], dim=1)
@@ -55,15 +48,8 @@ class Target:
         return list(zip(A.unbind(0), B.unbind(0), strict=True))
 
 
-class Replaced(NamedTuple):
-    """A parameter that an adapter brings whole, as of `modules_to_save`.
-
-    Args:
-        adapter: the adapter.
-        key: the parameter's name in its file.
-        shape: its shape.
-        dtype: its dtype.
-    """
+class SavedParameter(NamedTuple):
+    """A parameter that an adapter saves whole, as of `modules_to_save`; `key` is its name in the adapter's file."""
 
     adapter: Adapter
     key: str
@@ -74,17 +60,16 @@ class Replaced(NamedTuple):
         """Its entries, with all but the first dimension flattened."""
         tensors = self.adapter.tensors
         if isinstance(tensors, TensorFile):
-            (matrix,) = matrices_of(tensors.header, tensors.header.entry(self.key))
-            return matrix
+            return matrices_of(tensors.header, tensors.header.entry(self.key))[0]
         whole = tensors[self.key].reshape(self.shape[0] if self.shape else 1, -1)
-        return StoredMatrix(len(whole), whole.shape[1], whole.dtype, lambda rows, memory: whole[rows])
+        return StoredMatrix(len(whole), whole.shape[1], whole.dtype, lambda rows: whole[rows])
 
-    def equals(self, other: Replaced) -> bool:
-        """Whether another adapter brings the same."""
+    def equals(self, other: SavedParameter) -> bool:
+        """Whether another adapter saves the same."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
         first, second = self.matrix(), other.matrix()
-        return all(torch.equal(first.read(rows, None), second.read(rows, None)) for rows in first.row_blocks(_BLOCK))
+        return all(torch.equal(first.read(rows), second.read(rows)) for rows in first.row_blocks(_BLOCK))
 
 
 class Changes(NamedTuple):
@@ -92,12 +77,12 @@ class Changes(NamedTuple):
 
     Args:
         targets: the parameters with factors on them, by name.
-        replaced: those that adapters bring whole, by name; of one that is a target too, it is W0.
+        saved: those that adapters save whole, by name; of one that is a target too, it is W0.
         prefix: what has to stand before the names of the base model's parameters for those of the adapters' model.
     """
 
     targets: dict[str, Target]
-    replaced: dict[str, Replaced]
+    saved: dict[str, SavedParameter]
     prefix: str
 
 
@@ -117,11 +102,11 @@ def changes_of(
 
     Raises:
         HiraError: the base model lacks the parameter of a pair of factors, has it quantised or in another shape, the
-            files have another layout than the model, two adapters bring the same parameter, or it cannot be told
+            files have another layout than the model, two adapters save the same parameter, or it cannot be told
             which side of a square matrix is its inputs, or which weights are tied to each other.
     """
     targets: dict[str, Target] = {}
-    replaced: dict[str, Replaced] = {}
+    saved: dict[str, SavedParameter] = {}
     prefixes = set()
     for given, weight in zip(adapters, weights, strict=True):
         adapter, named, prefix = _naming(parameters, given)
@@ -131,25 +116,25 @@ def changes_of(
                 continue
             name = named(other).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             dtype, shape = dtypes_and_shapes(adapter.tensors)[key]
-            new = Replaced(adapter, key, shape, dtype)
-            if name in replaced and not new.equals(replaced[name]):
+            new = SavedParameter(adapter, key, shape, dtype)
+            if name in saved and not new.equals(saved[name]):
                 raise HiraError(
-                    f"The adapters {replaced[name].adapter.path} and {adapter.path} both bring {name} whole, each "
-                    "as it trained it; merge one adapter, and save the other without it."
+                    f"The adapters {saved[name].adapter.path} and {adapter.path} both save {name} whole, with other "
+                    "numbers; merge one adapter, and save the other without it."
                 )
-            replaced[name] = new
+            saved[name] = new
         own = {}
         for module, factors in adapter.modules.items():
-            target = _target(parameters, adapter, named(module), factors, replaced)
+            target = _target(parameters, adapter, named(module), factors, saved)
             own[target.name] = target
-            targets.setdefault(target.name, target).uses.append(Use(factors, weight))
+            targets.setdefault(target.name, target).factors.append((factors, weight))
         if not parameters.is_known:
             _check_squares(parameters, adapter, own, targets)
         if prefix and merging:
-            _check_head(parameters, adapter, own.keys() | replaced.keys())
+            _check_head(parameters, adapter, own.keys() | saved.keys())
     if len(prefixes) > 1:
         raise HiraError(f"The adapters were made for models that name their parameters differently. {IN_MEMORY}")
-    return Changes(targets, replaced, prefixes.pop())
+    return Changes(targets, saved, prefixes.pop())
 
 
 def _given_and_renamed(parameters: Parameters, given: Adapter) -> Iterator[Adapter]:
@@ -234,12 +219,12 @@ def _targeted(adapter: Adapter, module: str) -> list[str]:
 
 
 def _target(
-    parameters: Parameters, adapter: Adapter, module: str, factors: Factors, replaced: Mapping[str, Replaced]
+    parameters: Parameters, adapter: Adapter, module: str, factors: Factors, saved: Mapping[str, SavedParameter]
 ) -> Target:
     """The parameter that a module's factors are on."""
     names = _candidates(parameters, adapter, module)
     check_real(parameters, module, _names(adapter, module))
-    shapes = {name: replaced[name].shape if name in replaced else parameters.shape(name) for name in names}
+    shapes = {name: saved[name].shape if name in saved else parameters.shape(name) for name in names}
     by_name = _targeted(adapter, module.replace(".base_layer", ""))
     fitting: list[Target] = []
     for name, shape in shapes.items():
@@ -278,7 +263,7 @@ def _check_squares(
 ) -> None:
     """Refuse square matrices where `fan_in_fan_out` is not true of the adapter's other matrices, or another adapter."""
     said = bool(adapter.config.get("fan_in_fan_out"))
-    matrices = [name for name in own if targets[name].uses[0].factors.kind == "matrix" and own[name].experts is None]
+    matrices = [name for name in own if targets[name].factors[0][0].kind == "matrix" and own[name].experts is None]
     shapes = {name: parameters.shape(name) for name in matrices}
     square = next((name for name, shape in shapes.items() if shape[0] == shape[1]), None)
     other = next((name for name in shapes if {own[name].transposed, targets[name].transposed} != {said}), None)
@@ -302,9 +287,9 @@ def _check_head(parameters: Parameters, adapter: Adapter, names: Collection[str]
         )
 
 
-def _matrices(use: Use) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) of one adapter, B times its weight; in an embedding's table rows are the outputs."""
-    A, B = use.factors.A.flatten(1), use.factors.B.flatten(1)
-    if use.weight != 1:
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * use.weight
-    return (B.t(), A.t()) if use.factors.kind == "embedding" else (A, B)
+def _weighted(factors: Factors, weight: float) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), B times its weight; in an embedding's table rows are the outputs."""
+    A, B = (factor.flatten(1) for factor in factors.pair())
+    if weight != 1:
+        B = B.to(torch.promote_types(B.dtype, torch.float32)) * weight
+    return (B.t(), A.t()) if factors.kind == "embedding" else (A, B)
