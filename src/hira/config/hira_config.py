@@ -75,10 +75,10 @@ class HiraConfig(PeftConfig):
 
     Args:
         r: the rank of BA, for every adapted module that `rank_pattern` does not name.
-        hira_alpha: LoRA's alpha, for HiRA at LoRA's learning rate: ``W' = W0 * (1 + s B A)``, with s the power of two that
-            is nearest to hira_alpha / (r rms(W0)) of the layer, so that a step of Adam changes W' as much as with a
-            LoRA of this alpha. A checkpoint has s B for B, which every reader understands. None, the paper's HiRA, is
-            s = 1, and takes a rate 5 to 50 times LoRA's. Not a field of PEFT's: it is saved where it is set.
+        hira_alpha: LoRA's alpha, for HiRA at LoRA's learning rate: ``W' = W0 * (1 + s B A)``, with s the power of two
+            that is nearest to hira_alpha / (r rms(W0)) of the layer, so that a step of Adam changes W' as much as with
+            a LoRA of this alpha. A checkpoint has s B for B, which every reader understands. None, the paper's HiRA,
+            is s = 1, and takes a rate 5 to 50 times LoRA's. Not a field of PEFT's: it is saved where it is set.
         target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
             "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
             model's architecture.

@@ -129,7 +129,7 @@ def _formed(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace
     if workspace is not None:
         BA = torch.mm(B, A, out=workspace.exact(W0))
     elif W0.stride(0) < W0.stride(1):  # in W0's memory layout, as the workspace has it
-        BA = torch.mm(A.t(), B.t()).t()
+        BA = torch.mm(B, A, out=B.new_empty(A.shape[1], B.shape[0]).t())
     else:
         BA = torch.mm(B, A)
     if dtype == BA.dtype:

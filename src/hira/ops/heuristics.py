@@ -67,8 +67,8 @@ def block_entries(device: torch.device) -> int:
 
 def is_small(W0: Tensor) -> bool:
     """Whether W' is formed whole in memory of its own: on a CPU, where the allocator has that much at hand."""
-    limit = min(CPU_CHUNK_ENTRIES, CPU_BLOCK_ENTRIES) if W0.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-    return W0.numel() <= limit
+    limit = block_entries(W0.device)
+    return W0.numel() <= (min(CPU_CHUNK_ENTRIES, limit) if W0.device.type == "cpu" else limit)
 
 
 def chunks(matrix: Tensor) -> Iterator[slice]:
