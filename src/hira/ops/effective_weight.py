@@ -76,7 +76,8 @@ def modulation(
     formation = formation_dtype(W0.dtype)
     dither = heuristics.dithers(W0.dtype, dtype) if dither is None else dither
     noise = noise_of(W0) if dither and not update_only else None
-    return Modulation(A.to(formation), B.to(formation), noise, update_only)
+    # contiguous, as the last bits of a product depend on how its factors lie in memory
+    return Modulation(A.to(formation).contiguous(), B.to(formation).contiguous(), noise, update_only)
 
 
 def row_blocks(W0: Tensor) -> Iterable[slice]:
@@ -178,7 +179,7 @@ def plain_weight(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, update
     """
     formation = formation_dtype(W0.dtype)
     with no_autocast(W0.device):
-        A, B, W0_ = A.to(formation), B.to(formation), W0.to(formation)
+        A, B, W0_ = A.to(formation).contiguous(), B.to(formation).contiguous(), W0.to(formation)
         parts = [torch.mm(B[rows], A) for rows in row_blocks(W0)]
         BA = parts[0] if len(parts) == 1 else torch.cat(parts)
         exact = W0_ * BA if update_only else torch.addcmul(W0_, W0_, BA)
