@@ -102,8 +102,8 @@ def factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor) ->
 
     Cost: the product G, 2 T out in operations, then G and W0 read once for each 64 ranks. The reductions take
     4 r out in operations in float32, or in two products each of x's half precision. Temporaries: a block of G, and
-    parts of dA and dB: in half precision on a data centre's GPU r / 256 float32 for each entry of the block, and at
-    most 132 times 256 r.
+    parts of dA and dB: in half precision on a data centre's GPU r / 128 float32 for each entry of the block, and at
+    most 132 times 128 r.
 
     Source: docs/architecture.md.
     """

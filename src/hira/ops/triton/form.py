@@ -24,14 +24,15 @@ from hira.ops.triton.arithmetic import (
 @triton.jit  # type: ignore[untyped-decorator]
 def _dither(exact, noise, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add noise, int16, to the bits that rounding to dtype drops, as `hira.ops.dither.round_into` does."""
-    least: tl.constexpr = 2.0**-126 if dtype == tl.bfloat16 else 2.0**-14
-    most: tl.constexpr = 2.0**128 - 2.0**120 if dtype == tl.bfloat16 else 65504.0
+    # twice the bits of the least number of full significand, and of the largest
+    least: tl.constexpr = 0x01000000 if dtype == tl.bfloat16 else 0x71000000
+    most: tl.constexpr = 0xFEFE0000 if dtype == tl.bfloat16 else 0x8EFFC000
     if dtype == tl.float16:  # drops 13 bits, not 16
         noise = (noise >> 3) | 1
-    size = tl.abs(exact)
     bits = exact.to(tl.int32, bitcast=True)
-    bits = tl.where((size >= least) & (size <= most), bits + noise.to(tl.int32), bits)
-    return bits.to(tl.float32, bitcast=True)
+    above = (bits << 1) - least  # without the sign; wraps below the least
+    ordinary = above.to(tl.uint32, bitcast=True) <= (most - least)
+    return tl.where(ordinary, bits + noise.to(tl.int32), bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -126,7 +127,7 @@ def form(
         HiraError: shapes or dtypes do not fit.
 
     Cost: (2 r + 2) out in operations in float32; for a half, BA takes three products of bfloat16 on tensor cores,
-    which leave it within 2**-16. W0 is read once and W' written once. A is read out / 128 times, B in / 256 times,
+    which leave it within 2**-16. W0 is read once and W' written once. A is read out / 64 times, B in / 256 times,
     mostly from cache. No temporaries.
 
     Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/architecture.md.

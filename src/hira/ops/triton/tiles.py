@@ -22,11 +22,11 @@ class Tile(NamedTuple):
 
 
 # For products in bfloat16 on tensor cores, then for exact products of float32 outside them.
-FORM, EXACT_FORM = Tile(128, 64, 4, 2), Tile(64, 64, 8, 1)
-FACTOR_GRADIENTS, EXACT_FACTOR_GRADIENTS = Tile(256, 64, 8, 3), Tile(64, 64, 4, 1)
+FORM, EXACT_FORM = Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)
+FACTOR_GRADIENTS, EXACT_FACTOR_GRADIENTS = Tile(128, 64, 8, 1), Tile(64, 64, 4, 1)
 DECODE, EXACT_DECODE = Tile(64, 64, 4, 3), Tile(64, 64, 8, 2)
 # In place of FACTOR_GRADIENTS where a block has less shared memory than on a data centre's GPU, or the tiles are wider.
-SMALL_FACTOR_GRADIENTS = Tile(64, 64, 4, 2)
+SMALL_FACTOR_GRADIENTS = Tile(64, 64, 4, 1)
 
 # Neighbouring tiles that one program forms, so that it loads and splits its rows of B once.
 FORMED_TILES = 4
