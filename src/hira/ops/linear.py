@@ -182,7 +182,8 @@ def linear_factor_gradients(
     if heuristics.triton(W0) and scale is None:
         from hira.ops import triton
 
-        return triton.factor_gradients(dy, x, W0, A, B)
+        with no_autocast(dy.device):
+            return triton.factor_gradients(dy, x, W0, A, B)
     dtype = formation_dtype(W0.dtype)
     with no_autocast(dy.device):
         A_, B_ = A.to(dtype), B.to(dtype)

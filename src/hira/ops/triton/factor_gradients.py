@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hira.errors import HiraError
-from hira.ops.effective_weight import no_autocast, row_blocks
+from hira.ops import heuristics
 from hira.ops.triton import tiles
 from hira.ops.triton.arithmetic import (
     DTYPES,
@@ -123,9 +123,11 @@ def _factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor) -
     if x.numel() == 0 or dy.numel() == 0:
         return A.new_zeros(A.shape), B.new_zeros(B.shape)
     dA, dB = A.new_empty(A.shape, dtype=torch.float32), B.new_empty(B.shape, dtype=torch.float32)
-    with on_device_of(W0), no_autocast(x.device):
-        for rows in row_blocks(W0):
-            _reduce(dy[:, rows], x, W0[rows], A, B[rows], dA, dB[rows], first=rows.start == 0)
+    step = max(1, heuristics.block_entries(W0.device) // W0.shape[1])
+    with on_device_of(W0):
+        for start in range(0, len(W0), step):
+            rows = slice(start, start + step)
+            _reduce(dy[:, rows], x, W0[rows], A, B[rows], dA, dB[rows], first=start == 0)
     return dA.to(A.dtype), dB.to(B.dtype)
 
 
