@@ -22,9 +22,8 @@ import torch
 from benchmarks import comparison
 from benchmarks.comparison.report import machine
 from rich.console import Console
-from torch import Tensor
 
-from hira.ops import effective_weight, heuristics, linear_each, reference, triton
+from hira.ops import effective_weight, heuristics, kernel_choice, linear_each, triton
 from hira.ops.dither import noise_of
 
 SECONDS = 520  # after which no further case is begun
@@ -69,43 +68,15 @@ def check_kernels(device: str) -> Iterator[tuple[str, float]]:
     """The largest relative error of each kernel over shapes and dtypes.
 
     Raises:
-        SystemExit: an error is more than that of one rounding of the result and of float32 sums allows.
+        SystemExit: an error is more than what `kernel_choice` allows.
     """
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        worst = dict.fromkeys(("form", "dither", "factor_gradients", "decode"), 0.0)
-        for out, into, r in ((1, 1, 1), (63, 65, 3), (200, 130, 33), (256, 512, 32)):
-            for name, error in kernel_errors(out, into, r, dtype, device):
-                worst[name] = max(worst[name], error)
-        # a unit in the last place, or two where a dither may take the other neighbour or G * W0 rounds after G
-        unit = max(torch.finfo(dtype).eps, 2.0**-15)
-        for name, error in worst.items():
-            if not error <= 2 * unit:
-                raise SystemExit(f"{name} in {dtype} is off by {error:.1e}, allowed {2 * unit:.1e}; nothing is timed")
+        for name in triton.__all__:
+            allowed = kernel_choice.allowed(dtype)
+            error = max(kernel_choice.errors(name, dtype, dtype, torch.device(device)))
+            if error > allowed:
+                raise SystemExit(f"{name} in {dtype} is off by {error:.1e}, allowed {allowed:.1e}; nothing is timed")
             yield f"{name}, {str(dtype).removeprefix('torch.')}", error
-
-
-def kernel_errors(out: int, into: int, r: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, float]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    W0 = randn(out, into).to(device, dtype)
-    A, B = (randn(r, into) / r).to(device), (randn(out, r) / 10).to(device)
-    x, dy = randn(40, into).to(device, dtype), randn(40, out).to(device, dtype)
-    exact = reference.modulated_weight(W0.double(), A.double(), B.double())
-    yield "form", distance(triton.form(W0, A, B, dtype), exact)
-    if dtype != torch.float32:
-        yield "dither", distance(triton.form(W0, A, B, dtype, noise=noise_of(W0)), exact)
-    G = (dy.double().t() @ x.double()) * W0.double()
-    dA, dB = triton.factor_gradients(dy, x, W0, A, B)
-    yield "factor_gradients", max(distance(dA, B.double().t() @ G), distance(dB, G @ A.double().t()))
-    for tokens in (1, 5, 16):
-        yield "decode", distance(triton.decode(x[:tokens], W0, A, B), x[:tokens].double() @ exact.t())
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 # Times
