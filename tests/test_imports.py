@@ -37,6 +37,7 @@ OPS_LAYERS = [
     ["reference", "heuristics"],
     ["workspace"],
     ["dither", "int8", "triton"],
+    ["kernel_choice"],
     ["effective_weight"],
     ["linear", "mixed_batch", "embedding", "conv", "recompute"],
     ["__init__"],

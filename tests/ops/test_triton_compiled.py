@@ -48,10 +48,8 @@ def test_every_kernel_fits(compiled):
 def test_halves_are_multiplied_on_tensor_cores(compiled):
     _, kernels = compiled
     for kernel in kernels:
-        if kernel["name"] in ("factor_gradients_kernel", "decode_kernel"):
-            assert kernel["tensor cores"] == (kernel["dtype"] != "torch.float32"), kernel
-        else:
-            assert not kernel["tensor cores"], kernel
+        halves = kernel["name"] != "sum_kernel" and kernel["dtype"] != "torch.float32"
+        assert kernel["tensor cores"] == halves, kernel
 
 
 def test_products_of_float32_are_exact(compiled):
@@ -92,7 +90,7 @@ class Compiler:
         ptx = result.asm["ptx"]
         report = {
             "name": self.kernel.__name__,
-            "dtype": str(values["x"].dtype) if "x" in values else "",
+            "dtype": next((str(values[name].dtype) for name in ("x", "G", "out") if name in values), ""),
             "shared": result.metadata.shared,
             "tensor cores": "mma.sync" in ptx or "wgmma" in ptx,
             "tf32": "tf32" in ptx,
@@ -102,14 +100,12 @@ class Compiler:
 
 def compile_all(capability):
     """Launch every kernel with halves and with float32, small ranks and large, sizes of 1 too."""
-    from hira.ops.triton import decode, factor_gradients, form
+    from hira.ops.triton import arithmetic, decode, factor_gradients, form, tiles
 
-    for function in (form, factor_gradients, decode):
-        module = sys.modules[function.__module__]
+    for module in (arithmetic, *(sys.modules[function.__module__] for function in (form, factor_gradients, decode))):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Compiler(getattr(module, name), capability))
-        if hasattr(module, "pipeline_stages"):
-            module.pipeline_stages = lambda tensor: 3 if SHARED[capability] > 100 << 10 else 2
+    tiles.spacious = lambda tensor: SHARED[capability] > 160 << 10
 
     T, out, into = 4, 256, 512
     for dtype, r, adapter in (
@@ -122,12 +118,12 @@ def compile_all(capability):
         noise = None if dtype == torch.float32 else (torch.ones(out).short(), torch.ones(into).short())
         form(W0, A, B, dtype, noise=noise)
         factor_gradients(dy, x, W0, A, B)
-        decode(x, W0, A[None], B[None])
-        decode(x, W0, A[None], B[None], torch.zeros(T, dtype=torch.int32), torch.ones(out))
+        decode(x, W0, A, B)
+        decode(x, W0.float(), A, B, torch.ones(out))
     one = torch.ones(1, 1)
     form(one, one.double(), one, torch.bfloat16, update_only=True)
     factor_gradients(one, one, one.t(), one, one)
-    decode(one, one, one[None], one[None], torch.zeros(1, dtype=torch.int64), one[0])
+    decode(one, one, one, one, one[0])
     turned = torch.ones(into, out, dtype=torch.bfloat16).t()
     form(turned, torch.ones(into, 16).t(), torch.ones(16, out).t(), torch.float16)
 

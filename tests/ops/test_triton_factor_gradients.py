@@ -1,8 +1,6 @@
-"""The kernel for dA and dB: as exact as autograd, in any layout, and without a tensor of the weight's size."""
+"""The kernel for dA and dB: as exact as autograd, in any layout, and with a block of G at a time."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
@@ -11,10 +9,8 @@ from interpreted import DEVICE, DTYPES, far_apart, poisoned, randn
 from oracle import assert_as_exact, assert_same_bits, exact_results, results
 
 from hira.errors import HiraError
-from hira.ops import reference
-from hira.ops.triton import factor_gradients
-
-MODULE = sys.modules[factor_gradients.__module__]
+from hira.ops import heuristics, reference
+from hira.ops.triton import factor_gradients, tiles
 
 
 def tensors(T=17, out=37, into=63, r=3, dtype=torch.float32, stored=None, adapter=torch.float32):
@@ -34,9 +30,10 @@ def gradients(function, dy, x, W0, A, B):
 
 
 @pytest.fixture
-def few_parts(monkeypatch):
-    """Memory for the parts of one row of tiles at a time."""
-    monkeypatch.setattr(MODULE, "BUFFER_ENTRIES", 1)
+def few_rows(monkeypatch):
+    """Blocks of 128 rows of a weight with 512 columns, and more of a narrower one."""
+    for name in ("CPU_BLOCK_ENTRIES", "DEVICE_BLOCK_ENTRIES"):
+        monkeypatch.setattr(heuristics, name, 128 * 512)
 
 
 # ---- values
@@ -49,7 +46,6 @@ def few_parts(monkeypatch):
         {},
         {"r": 1},
         {"T": 1},
-        {"out": 1, "into": 1},
         {"T": 70, "r": 33},
         {"out": 130, "into": 150, "r": 16},  # four tiles, or nine
         {"out": 600, "into": 70, "T": 5},  # more rows of tiles than are taken side by side
@@ -73,11 +69,12 @@ def test_weights_and_adapters_of_other_dtypes_than_x(stored, adapter):
     assert_as_exact(got, expected, exact)
 
 
-def test_exact_where_every_sum_is():
+@pytest.mark.parametrize("shape", [(1, 1), (70, 75)])
+def test_exact_where_every_sum_is(shape):
     """With small integers nothing rounds, whatever the order."""
-    T, out, into, r = 40, 70, 75, 5
+    T, (out, into), r = 40, shape, 5
     dy, x, W0, A, B = (
-        torch.randint(-2, 3, shape).to(DEVICE, torch.bfloat16)
+        torch.randint(-1, 2, shape).to(DEVICE, torch.bfloat16)
         for shape in ((T, out), (T, into), (out, into), (r, into), (out, r))
     )
     G = dy.double().t() @ x.double() * W0.double()
@@ -86,35 +83,34 @@ def test_exact_where_every_sum_is():
     assert torch.equal(dB.double(), G @ A.double().t())
 
 
+@pytest.mark.parametrize("programs", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_of_columns(programs, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "FACTOR_GRADIENTS_PROGRAMS", programs)
+    every = tensors(out=70, into=330, r=70, dtype=dtype)  # two blocks of ranks
+    assert_as_exact(factor_gradients(*every), gradients(results, *every), gradients(exact_results, *every))
+
+
 # ---- memory
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_in_turns(dtype, few_parts, monkeypatch):
-    every = tensors(out=300, into=70, dtype=dtype)
-    turns = factor_gradients(*every)
-    assert_as_exact(turns, gradients(results, *every), gradients(exact_results, *every))
-    monkeypatch.undo()
-    whole = factor_gradients(*every)
-    assert torch.equal(turns[1], whole[1])  # dB's sums are the same, over tiles of a row
+def test_rows_in_turns(dtype, transposed, few_rows):
+    every = tensors(out=300, into=512, dtype=dtype)  # three turns, the last with fewer rows
+    every = [t.t().contiguous().t() for t in every] if transposed else every
+    assert_as_exact(factor_gradients(*every), gradients(results, *every), gradients(exact_results, *every))
 
 
-def test_nothing_has_the_weights_size(few_parts):
-    every = tensors(out=512, into=512, r=2)
+def test_temporaries_are_a_block_and_parts_of_its_size(few_rows, monkeypatch):
+    monkeypatch.setattr(tiles, "EXACT_FACTOR_GRADIENTS", tiles.Tile(64, 64, 4, 1))
+    monkeypatch.setattr(tiles, "FACTOR_GRADIENTS_PROGRAMS", 16)
+    r = 2
+    every = tensors(out=512, into=512, r=r)
     with poisoned() as allocations:
         factor_gradients(*every)
-    # parts of dA for one row of tiles, of dB for its 64 rows and 8 tiles
-    assert max(allocations.entries) == max(2 * 512, 64 * 8 * 2)
-
-
-def test_the_parts_take_bounded_memory(monkeypatch):
-    monkeypatch.setattr(MODULE, "BUFFER_ENTRIES", 6000)
-    every = tensors(out=512, into=512, r=2)
-    with poisoned() as allocations:
-        factor_gradients(*every)
-    large = [n for n in allocations.entries if n > 2 * 512]
-    assert len(large) == 2  # one for dA's, one for dB's
-    assert 3000 < sum(large) <= 6000
+    block = 128 * 512
+    assert {n for n in allocations.entries if n > 1} == {block, block * r // 64, 8 * 128 * r, 512 * r}
 
 
 def test_layouts():

@@ -9,7 +9,7 @@ from oracle import assert_as_exact, assert_same_bits, exact_results, results
 from torch import nn
 
 import hira
-from hira.ops import effective_weight, heuristics, linear, linear_each, modulated_weight, reference
+from hira.ops import effective_weight, heuristics, linear, modulated_weight, reference
 
 
 @pytest.fixture
@@ -79,18 +79,6 @@ def test_a_base_that_trains(kernels):
     every[1].requires_grad_()
     dy = torch.randn(20, 33).to(DEVICE)
     assert_as_exact(results(linear, every, dy), results(plain, every, dy), exact_results(reference.linear, every, dy))
-
-
-def test_tokens_with_an_adapter_each(kernels):
-    x, W0, _, _, bias = tensors(4, torch.float32)
-    adapters = [(torch.randn(r, 20).to(DEVICE), torch.randn(33, r).to(DEVICE)) for r in (1, 3, 2, 3)]
-    expected = torch.cat([reference.linear(x[t : t + 1], W0, *adapters[t], bias) for t in range(4)])
-    with torch.no_grad():
-        torch.testing.assert_close(linear_each(x, W0, adapters, bias), expected, rtol=1e-4, atol=1e-4)
-        assert kernels == ["decode"]
-    y = linear_each(x, W0, adapters, bias)  # what autograd tracks is not the kernel's
-    assert y.requires_grad
-    assert kernels == ["decode"]
 
 
 def test_a_layer_decodes_by_the_kernel_and_keeps_no_weight(kernels, monkeypatch):

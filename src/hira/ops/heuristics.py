@@ -26,8 +26,7 @@ TRANSPOSED_TOKENS = range(8, 33)
 # The most tokens that the Triton kernel for decoding takes.
 DECODED_TOKENS = 16
 
-# The Triton kernels of `ops.cuda` have run in Triton's interpreter only, so they are off until a GPU was seen to gain
-# from them: benchmarks/gpu.py makes that record.
+# The kernels of `ops.triton` are off until a GPU was seen to gain from them: benchmarks/gpu.py makes that record.
 TRITON = os.environ.get("HIRA_TRITON") == "1"
 
 HALF = (torch.bfloat16, torch.float16)

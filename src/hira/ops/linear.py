@@ -161,7 +161,7 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     if heuristics.decodes(x) and not update_only:
         from hira.ops import triton
 
-        return triton.decode(x, W0, A.unsqueeze(0), B.unsqueeze(0), bias=bias)
+        return triton.decode(x, W0, A, B, bias)
     by = modulation(W0, A, B, x.dtype, update_only=update_only)
     if heuristics.is_small(W0):
         W = whole(W0, by, x.dtype)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hira.ops import heuristics
 from hira.ops.effective_weight import no_autocast, product_dtype
 from hira.ops.workspace import formation_dtype
 
@@ -33,17 +31,14 @@ def linear_each(x: Tensor, W0: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]
     Source: HiRA (ICLR 2025), equation 5, with the sum over the rank taken outside.
     """
     dtype = product_dtype(x, W0.dtype)
-    if heuristics.decodes(x) and not torch.is_grad_enabled():
-        from hira.ops import triton
-
-        r = max(A.shape[0] for A, _ in adapters)
-        As = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in adapters])
-        Bs = torch.stack([F.pad(B, (0, r - B.shape[1])) for _, B in adapters])
-        return triton.decode(x.to(dtype), W0, As, Bs, torch.arange(len(x), device=x.device), bias)
     exact = formation_dtype(W0.dtype)
+    ranks = [A.shape[0] for A, _ in adapters]
+    As, Bs = torch.cat([A for A, _ in adapters]), torch.cat([B for _, B in adapters], 1)
     with no_autocast(x.device):
-        rows = [torch.cat([t.unsqueeze(0), A.to(exact) * t]) for t, (A, _) in zip(x.to(exact), adapters, strict=True)]
-        products = torch.mm(W0.to(dtype), torch.cat(rows).to(dtype).t())  # (out, sum of r_t + 1)
-        parts = torch.split(products.to(exact), [len(part) for part in rows], dim=1)
-        y = torch.stack([p[:, 0] + (p[:, 1:] * B.to(exact)).sum(1) for p, (_, B) in zip(parts, adapters, strict=True)])
-        return (y if bias is None else y + bias.to(exact)).to(dtype)
+        owned = torch.cat([t.expand(r, -1) for t, r in zip(x.to(exact), ranks, strict=True)])
+        factors = torch.cat([x.to(exact), As.to(exact) * owned]).to(dtype)
+        products = torch.mm(W0.to(dtype), factors.t()).to(exact)  # (out, T + the sum of the ranks)
+        base, updates = products[:, : len(x)], products[:, len(x) :] * Bs.to(exact)
+        y = base.t() + torch.stack([part.sum(1) for part in torch.split(updates, ranks, dim=1)])
+        y = y if bias is None else y + bias.to(exact)
+        return y.to(dtype)

@@ -8,22 +8,31 @@ import triton.language as tl
 from torch import Tensor
 
 from hira.errors import HiraError
-from hira.ops.triton.arithmetic import DTYPES, check_dtype, check_weight, on_device_of, round_to
-
-BLOCK_M, BLOCK_N, BLOCK_R = 64, 128, 16
+from hira.ops.triton import tiles
+from hira.ops.triton.arithmetic import (
+    DTYPES,
+    check_dtype,
+    check_weight,
+    load_tile,
+    low_rank,
+    on_device_of,
+    round_to,
+    split,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dither(exact, noise, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add noise, int16, to the bits that rounding to dtype drops, as `hira.ops.dither.round_into` does."""
-    least: tl.constexpr = 2.0**-126 if dtype == tl.bfloat16 else 2.0**-14
-    most: tl.constexpr = 2.0**128 - 2.0**120 if dtype == tl.bfloat16 else 65504.0
+    # twice the bits of the least number of full significand, and of the largest
+    least: tl.constexpr = 0x01000000 if dtype == tl.bfloat16 else 0x71000000
+    most: tl.constexpr = 0xFEFE0000 if dtype == tl.bfloat16 else 0x8EFFC000
     if dtype == tl.float16:  # drops 13 bits, not 16
         noise = (noise >> 3) | 1
-    size = tl.abs(exact)
     bits = exact.to(tl.int32, bitcast=True)
-    bits = tl.where((size >= least) & (size <= most), bits + noise.to(tl.int32), bits)
-    return bits.to(tl.float32, bitcast=True)
+    above = (bits << 1) - least  # without the sign; wraps below the least
+    ordinary = above.to(tl.uint32, bitcast=True) <= (most - least)
+    return tl.where(ordinary, bits + noise.to(tl.int32), bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -47,38 +56,45 @@ def form_kernel(  # type: ignore[no-untyped-def]
     out_column,
     UPDATE_ONLY: tl.constexpr,
     DITHER: tl.constexpr,
+    FACTOR: tl.constexpr,
     DTYPE: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Form one tile (BLOCK_M, BLOCK_N); offsets are 64 bits wide."""
-    tiles_n = (columns + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0)
-    i = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = (tile % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows, in_columns = i < rows, j < columns
-    inside = in_rows[:, None] & in_columns[None, :]
-    modulation = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for start in range(0, r, BLOCK_R):
-        k = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        in_rank = k < r
-        b = tl.load(
-            B + i[:, None] * B_row + k[None, :] * B_rank, mask=in_rows[:, None] & in_rank[None, :], other=0.0
-        ).to(tl.float32)
-        a = tl.load(
-            A + k[:, None] * A_rank + j[None, :] * A_column, mask=in_rank[:, None] & in_columns[None, :], other=0.0
-        ).to(tl.float32)
-        modulation = tl.dot(b, a, modulation, input_precision="ieee")
-    if not UPDATE_ONLY:
-        modulation += 1.0
-    w = tl.load(W0 + i[:, None] * W0_row + j[None, :] * W0_column, mask=inside, other=0.0)
-    exact = w.to(tl.float32) * modulation
-    if DITHER:
-        noise_i = tl.load(row_noise + i, mask=in_rows, other=0)
-        noise_j = tl.load(column_noise + j, mask=in_columns, other=0)
-        exact = _dither(exact, noise_i[:, None] * noise_j[None, :], DTYPE)  # int16, wraps
-    tl.store(out + i[:, None] * out_row + j[None, :] * out_column, round_to(exact, DTYPE), mask=inside)
+    """Form tiles that lie side by side; offsets are 64 bits wide."""
+    groups = (columns + TILES * BLOCK_N - 1) // (TILES * BLOCK_N)
+    group = tl.program_id(0)
+    i = (group // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (group % groups).to(tl.int64) * (TILES * BLOCK_N)
+    k = tl.arange(0, BLOCK_R).to(tl.int64)
+    in_rows = i < rows
+    b, b_rest = split(load_tile(B, i, k, B_row, B_rank, in_rows, k < r), FACTOR)
+    j = first + tl.arange(0, BLOCK_N)
+    w = load_tile(W0, i, j, W0_row, W0_column, in_rows, j < columns)
+    for tile in range(TILES):
+        j = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_columns = j < columns
+        ahead = j + BLOCK_N
+        next_w = load_tile(W0, i, ahead, W0_row, W0_column, in_rows, (ahead < columns) & (tile + 1 < TILES))
+        modulation = low_rank(
+            A, B, b, b_rest, i, j, in_rows, in_columns, r, A_rank, A_column, B_row, B_rank, FACTOR, RANK_BLOCKS
+        )
+        if not UPDATE_ONLY:
+            modulation += 1.0
+        exact = w.to(tl.float32) * modulation
+        if DITHER:
+            noise_i = tl.load(row_noise + i, mask=in_rows, other=0)
+            noise_j = tl.load(column_noise + j, mask=in_columns, other=0)
+            exact = _dither(exact, noise_i[:, None] * noise_j[None, :], DTYPE)  # int16, wraps
+        tl.store(
+            out + i[:, None] * out_row + j[None, :] * out_column,
+            round_to(exact, DTYPE),
+            mask=in_rows[:, None] & in_columns[None, :],
+        )
+        w = next_w
 
 
 def form(
@@ -110,8 +126,9 @@ def form(
     Raises:
         HiraError: shapes or dtypes do not fit.
 
-    Cost: (2 r + 2) out in operations in float32, outside the tensor cores; W0 is read once and W' written once. A is
-    read out / 64 times and B in / 128 times, mostly from cache. No temporaries.
+    Cost: (2 r + 2) out in operations in float32; for a half, BA takes three products of bfloat16 on tensor cores,
+    which leave it within 2**-16. W0 is read once and W' written once. A is read out / 64 times, B in / 256 times,
+    mostly from cache. No temporaries.
 
     Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/architecture.md.
     """
@@ -143,9 +160,13 @@ def _form(
         return out
     if row_noise is not None and column_noise is not None:
         row_noise, column_noise = row_noise.contiguous(), column_noise.contiguous()
-    rows, columns = W0.shape
+    (rows, columns), r = W0.shape, A.shape[0]
+    exact = dtype == torch.float32
+    tile = tiles.EXACT_FORM if exact else tiles.FORM
+    block_r = tiles.rank_block(r)
+    groups = triton.cdiv(columns, tiles.FORMED_TILES * tile.columns)
     with on_device_of(W0):
-        form_kernel[(triton.cdiv(rows, BLOCK_M) * triton.cdiv(columns, BLOCK_N),)](
+        form_kernel[(triton.cdiv(rows, tile.rows) * groups,)](
             W0,
             A,
             B,
@@ -154,18 +175,22 @@ def _form(
             column_noise,
             rows,
             columns,
-            A.shape[0],
+            r,
             *W0.stride(),
             *A.stride(),
             *B.stride(),
             *out.stride(),
             UPDATE_ONLY=update_only,
             DITHER=row_noise is not None,
+            FACTOR=tl.float32 if exact else tl.bfloat16,
             DTYPE=DTYPES[dtype],
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_R=BLOCK_R,
-            num_warps=8,
+            RANK_BLOCKS=triton.cdiv(r, block_r),
+            TILES=tiles.FORMED_TILES,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_R=block_r,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out
 
