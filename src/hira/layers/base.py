@@ -184,7 +184,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
         stored = self.storage.stored
         base = self.get_base_layer()
-        device = offloaded.execution_device(base) if offloaded.source(base) is not None else stored.device
+        device = offloaded.execution_device(base) if offloaded.offloading_hook(base) is not None else stored.device
         return torch.device(device), getattr(base, "compute_dtype", stored.dtype)
 
     @property
@@ -204,7 +204,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         factor: Tensor = getattr(factors, name)
         if factor.is_meta:
             offloaded.check_can_train(factors, name)
-            factor = offloaded.present(factors, name)
+            factor = offloaded.load(factors, name)
         return factor
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
             with self.holding_W0():
                 state = super().state_dict(*args, prefix=prefix, **kwargs)
         for attribute in self.adapter_layer_names:
-            offloaded.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
+            offloaded.load_into(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
 
     def _put_W0(self, state: dict[str, Any], prefix: str) -> None:
@@ -226,7 +226,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         while isinstance(layer, BaseTunerLayer):
             layer, path = layer.base_layer, f"{path}base_layer."
         key = f"{path}{storage.name}"
-        if self._record is not None and key in state and offloaded.source(storage.layer) is None:
+        if self._record is not None and key in state and offloaded.offloading_hook(storage.layer) is None:
             W0 = storage.value_of(self._record.original)
             state[key] = W0 if state[key].requires_grad else W0.detach()
 
@@ -396,7 +396,7 @@ class HiraLayer(nn.Module, MergeableLayer, ShardedLayer):
         base, given = self.get_base_layer(), x.device
         if offloaded.is_hooked(base):
             self._settle(by_value=False)  # whoever offloads a model may have made the hook's values of a state dict
-            x = offloaded.place(x, base)
+            x = offloaded.to_execution_device(x, base)
         if adapter_names is not None and not self.disable_adapters:
             y = self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         elif names := self._applied():

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hira import ops
 from hira.base_weights.dense import Storage, Transposed
 from hira.config.hira_config import InitWeights
-from hira.distributed.detection import spread
+from hira.distributed.detection import sharded_by
 from hira.errors import HiraError
 from hira.layers.base import BASE, HiraLayer
 from hira.layers.inference_cache import inference_cache
@@ -107,7 +107,7 @@ class Linear(HiraLayer):
     def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
         storage = self.storage
-        if torch.is_grad_enabled() or heuristics.plain() or spread(storage.layer) or storage.dequantize is not None:
+        if torch.is_grad_enabled() or heuristics.plain() or sharded_by(storage.layer) or storage.dequantize is not None:
             return None
         sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
         dtype = effective_weight.product_dtype(x, sources[0].dtype)

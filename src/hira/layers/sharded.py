@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hira.base_weights.dense import Storage
 from hira.distributed import tensor_parallel
-from hira.distributed.detection import is_gathered_by_call, is_laid_out_by_call, spread
-from hira.distributed.interception import Product, exchanged
+from hira.distributed.detection import is_gathered_by_call, is_laid_out_by_call, sharded_by
+from hira.distributed.interception import Product, intercept
 from hira.distributed.tensor_parallel import Layout, layout_of
 from hira.errors import HiraError
 
@@ -58,7 +58,7 @@ class ShardedLayer(BaseTunerLayer):
 
     def _inside(self, names: list[str], call: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """The output of a call of the base layer, and whether it had a product, for which one with W' stood in."""
-        return exchanged(self.storage.layer, call, partial(self._exchange, names, self._layout()))
+        return intercept(self.storage.layer, call, partial(self._exchange, names, self._layout()))
 
     def _exchange(self, names: list[str], layout: Layout | None, product: Product) -> Tensor:
         layout = layout_of(product.weight) or layout
@@ -72,7 +72,7 @@ class ShardedLayer(BaseTunerLayer):
             )
         for name in names:
             if name not in self._equal_on_all_processes:
-                tensor_parallel.make_equal(layout, [factors[name] for factors in self._factor_dicts])
+                tensor_parallel.broadcast(layout, [factors[name] for factors in self._factor_dicts])
                 self._equal_on_all_processes.add(name)
         return tensor_parallel.compute(product, layout, *self._factors(names))
 
@@ -85,7 +85,7 @@ class ShardedLayer(BaseTunerLayer):
         """Refuse a mixed batch where the rows of a process decide what it gathers, and other processes would wait."""
         layer = self.storage.layer
         calls_differ = len(rows) > 1 and is_gathered_by_call(layer)
-        if calls_differ or spread(layer, self.storage.name) == "ZeRO-3":
+        if calls_differ or sharded_by(layer, self.storage.name) == "ZeRO-3":
             raise HiraError(
                 f"adapter_names asks for {sorted(rows)}, but {self.name or 'this layer'} is spread over processes that "
                 "would gather other weights than this one, and wait; set an adapter and pass no names, or serve mixed "

@@ -49,8 +49,10 @@ def substituted(module: nn.Module, **values: Any) -> Iterator[None]:
     """
     with exclusive(module):
         if "forward" in module.__dict__ and offloaded.is_own_forward(module):
-            absent = [name for name in module._parameters if name not in values and offloaded.is_away(module, name)]
-            values |= {name: offloaded.present(module, name) for name in absent}
+            absent = [
+                name for name in module._parameters if name not in values and offloaded.is_offloaded(module, name)
+            ]
+            values |= {name: offloaded.load(module, name) for name in absent}
             values["forward"] = MethodType(type(module).forward, module)
         kind = type(module)
         computed = [name for name in values if isinstance(getattr(kind, name, None), property)]
