@@ -15,7 +15,8 @@ E, R, HIDDEN, INTER = 4, 3, 32, 48
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 KINDS = ["mixtral", "qwen3_moe", "gpt_oss"]
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]  # all that run on a CPU
-COMMON = {"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+COMMON = {"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": 2, "pad_token_id": 0}
+COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def model_of(kind, dtype=torch.float32):

@@ -15,8 +15,6 @@ from hira.ops import reference
 
 # Sums of at most a few hundred float64 products in another order: 2^-53 times their number, with room for their size.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
 IDS = torch.tensor([[3, 0, 3, 8], [1, 3, 5, 0]])
 
 
@@ -47,11 +45,7 @@ LINEAR = {
     "Conv1D": Case(hira.Linear, lambda: Conv1D(5, 7), (2, 3, 7)),
     "Conv1D rank 1": Case(hira.Linear, lambda: Conv1D(1, 63), (2, 63), 1),
 }
-
-
 MODES = ["zeros", "reflect", "replicate", "circular"]
-
-
 CONV = {
     "1d": Case(hira.Conv1d, conv(1, 4, 6, 3, padding=1), (2, 4, 9)),
     "1d no bias, strided": Case(hira.Conv1d, conv(1, 4, 6, 3, stride=2, bias=False), (2, 4, 9), 1),

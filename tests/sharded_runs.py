@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gathered_weights import watched
 from peft import get_peft_model_state_dict
-from sharding import MODES, STEPS, WORLD, Run, ShardingMode, adapted, base_model, batch, factors, own_rows, watched
+from sharding import MODES, STEPS, WORLD, Run, ShardingMode, adapted, base_model, batch, factors, own_rows
 from torch import Tensor
 
 import hira

@@ -143,14 +143,14 @@ def test_experts_without_a_token_stay_away():
     model = adapt(cpu_offload(mixtral(), CPU), **EXPERTS, r=1)
     experts = model.base_model.model.model.layers[0].mlp.experts
     base, taken = experts.get_base_layer(), []
-    fetch = offloaded.Away.fetch
+    fetch = offloaded.OffloadedTensor.fetch
 
     def fetching(self: Any, placeholder: Tensor, index: Any = ...) -> Tensor:
         taken.append((self.name, index))
         return fetch(self, placeholder, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offloaded.Away, "fetch", fetching)
+        patch.setattr(offloaded.OffloadedTensor, "fetch", fetching)
         x, ids, weights = torch.randn(3, 16), torch.tensor([[2], [0], [2]]), torch.rand(3, 1)
         storages = kept_for_backward(lambda: experts(x, ids, weights))
     assert set(taken) == {(name, e) for name in ("gate_up_proj", "down_proj") for e in (0, 2)}
@@ -183,7 +183,7 @@ class Counting(Mapping[str, Tensor]):
 def test_nothing_of_the_weights_size_is_kept_for_backward(layer, x):
     nbytes = layer.weight.nbytes
     model = adapt(cpu_offload(nn.Sequential(copy.deepcopy(layer)), CPU), target_modules=["0"], r=1)
-    hook = offloaded.source(model.base_model.model[0].base_layer)
+    hook = offloaded.offloading_hook(model.base_model.model[0].base_layer)
     hook.weights_map = Counting(hook.weights_map)
     kept = []
 

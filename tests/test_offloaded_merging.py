@@ -144,7 +144,7 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     model = adapt(cpu_offload(llama(), CPU))
     before = logits(model)
     layers = hira_layers(model)
-    maps = [offloaded.source(layer.base_layer).weights_map for layer in layers]
+    maps = [offloaded.offloading_hook(layer.base_layer).weights_map for layer in layers]
     with torch.no_grad():
         layers[-1]._factor_dicts[0]["default"].fill_(torch.inf)
     with pytest.raises(HiraError, match="NaNs"):
@@ -156,7 +156,10 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="on purpose"):
         model.merge_adapter()
     monkeypatch.undo()
-    assert all(offloaded.source(layer.base_layer).weights_map is kept for layer, kept in zip(layers, maps, strict=True))
+    assert all(
+        offloaded.offloading_hook(layer.base_layer).weights_map is kept
+        for layer, kept in zip(layers, maps, strict=True)
+    )
     assert torch.equal(logits(model), before)
 
 

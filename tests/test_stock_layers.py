@@ -106,8 +106,6 @@ class Three(nn.Module):
 
 
 IDS = torch.tensor([[1, 5, 2, 6], [1, 6, 0, 3]])
-
-
 TARGETS = ["embed", "conv", "linear"]
 
 

@@ -15,11 +15,7 @@ from torch import nn
 from vision_transformer import VisionTransformer
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
-
-
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -31,8 +31,6 @@ from hira.files.merge.merge_checkpoint import merge_checkpoint
 from hira.ops import heuristics, reference
 
 IDS = torch.tensor([[3, 5, 9, 13, 8, 4]])
-
-
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hira.base_weights import offloaded
-from hira.distributed.detection import is_dtensor, spread
+from hira.distributed.detection import is_dtensor, sharded_by
 from hira.errors import HiraError
 from hira.ops.linear import Dequantize
 
@@ -27,11 +27,11 @@ _DENSE_FORWARDS = tuple(kind.forward for kind in DENSE_LAYERS)
 class Storage:
     """A weight held as a dense parameter of shape (out, in, *kernel), or (num_embeddings, dim).
 
-    `write` installs a new parameter instead of changing the old one. Whoever shares the old one, such as an output
-    layer tied to an embedding, keeps it; and to restore it is to put it back, bit for bit, ties included.
+    `write` installs a new parameter instead of changing the old one. A layer that shares the old parameter, such as an
+    output layer tied to an embedding, keeps it, and `restore` puts it back, bit for bit and with its ties.
 
-    Where accelerate keeps the weight elsewhere, the layer has a placeholder, which is what autograd keeps; W0 is
-    brought in for each product. A merged weight goes to where the base layer's own forward will find it.
+    Where accelerate offloads the weight, the layer holds a placeholder, which autograd saves, and W0 is loaded for each
+    product. A merged weight is stored where accelerate's hook on the base layer will look for it.
 
     Args:
         layer: the base layer.
@@ -54,12 +54,12 @@ class Storage:
         """Whether a weight of a layer is stored like this."""
         weight = getattr(layer, name)
         if is_dtensor(weight):  # a tensor that FSDP has sharded is whole when the layer computes; one of A or B is not
-            return weight.dtype in DENSE_DTYPES and spread(layer, name) == "tensor parallelism"
+            return weight.dtype in DENSE_DTYPES and sharded_by(layer, name) == "tensor parallelism"
         return weight.dtype in DENSE_DTYPES and type(weight.data) in (Tensor, nn.Parameter)
 
     @property
     def plain_forwards(self) -> tuple[Callable[..., Any], ...]:
-        """The forwards that compute the plain function of W0, for which one product with W' stands in."""
+        """The forwards that compute the plain function of W0, which one product with W' can replace."""
         return _DENSE_FORWARDS
 
     @property
@@ -68,7 +68,7 @@ class Storage:
         return None
 
     def is_computed_by_hook(self) -> bool:
-        """Whether a hook before the layer's forward computes the weight anew, as `torch.nn.utils.weight_norm` does."""
+        """Whether a hook before the layer's forward computes the weight again, as `torch.nn.utils.weight_norm` does."""
         return self.name in self.layer.__dict__ and self.name not in self.layer._parameters
 
     @property
@@ -80,7 +80,7 @@ class Storage:
     def bias(self) -> Tensor | None:
         """The layer's bias."""
         bias: Tensor | None = self.layer.bias
-        return bias if bias is None or not bias.is_meta else offloaded.present(self.layer, "bias")
+        return bias if bias is None or not bias.is_meta else offloaded.load(self.layer, "bias")
 
     def saved_for_backward(self) -> tuple[Tensor, Dequantize | None]:
         """The tensor that autograd saves, and what turns it into W0; None where it is W0 itself, oriented (out, in)."""
@@ -88,10 +88,10 @@ class Storage:
         if is_dtensor(stored):
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is divided over processes by "
-                f"{spread(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can bring "
-                "the weight in; or leave the module out with exclude_modules, or FSDP's shard group for it."
+                f"{sharded_by(self.layer, self.name)} where it is read: call the model as a whole, so that hooks can "
+                "gather the weight; or leave the module out with exclude_modules, or FSDP's shard group for it."
             )
-        elsewhere = offloaded.away(self.layer, self.name) if offloaded.is_hooked(self.layer) else None
+        elsewhere = offloaded.find(self.layer, self.name) if offloaded.is_hooked(self.layer) else None
         if elsewhere is None:
             return self._oriented(stored), None
         return self._oriented(stored), lambda placeholder: self._oriented(elsewhere.fetch(placeholder))
@@ -106,8 +106,8 @@ class Storage:
 
     def write(self, weight: Tensor) -> None:
         """Put a dense weight, oriented as `read` gives it, in the place of the stored one."""
-        if offloaded.source(self.layer) is not None:
-            offloaded.put(self.layer, self.name, weight)
+        if offloaded.offloading_hook(self.layer) is not None:
+            offloaded.replace(self.layer, self.name, weight)
         else:
             setattr(self.layer, self.name, nn.Parameter(weight, requires_grad=self.stored.requires_grad))
 
@@ -118,7 +118,7 @@ class Storage:
             HiraError: the weight is not a parameter of the layer, so that none can be put in its place; or it is spread
                 over processes.
         """
-        if by := spread(self.layer, self.name):
+        if by := sharded_by(self.layer, self.name):
             raise HiraError(
                 f"The {self.name} of {type(self.layer).__name__} is spread over processes by {by}, so nothing can be "
                 "merged into it or unmerged; save the adapter, load it on a model that is not sharded and merge there."
@@ -128,35 +128,35 @@ class Storage:
                 f"The {self.name} of {type(self.layer).__name__} is computed, not stored, so nothing can be merged "
                 "into it; remove its parametrization first."
             )
-        hook = offloaded.source(self.layer)
-        return self.stored if hook is None else offloaded.Kept(hook.weights_map, self.name)
+        hook = offloaded.offloading_hook(self.layer)
+        return self.stored if hook is None else offloaded.Snapshot(hook.weights_map, self.name)
 
     def identity(self) -> tuple[Any, int]:
         """An object and its version, both the same as long as nobody replaces the weight."""
-        hook = offloaded.source(self.layer)
+        hook = offloaded.offloading_hook(self.layer)
         return (self.stored, self.stored._version) if hook is None else (hook.weights_map, 0)
 
     def check_here(self) -> None:
-        """Raise a HiraError if accelerate keeps the weight elsewhere in a form that cannot be brought in."""
-        if not self.is_dense and offloaded.source(self.layer) is not None:
+        """Raise a HiraError if accelerate offloads the weight in a form that cannot be loaded here."""
+        if not self.is_dense and offloaded.offloading_hook(self.layer) is not None:
             raise HiraError(
-                f"accelerate offloads the weight of {type(self.layer).__name__}, which is quantised; HiRA brings in "
+                f"accelerate offloads the weight of {type(self.layer).__name__}, which is quantised; HiRA loads "
                 "dense weights only. Leave this module on its device in the device map, or out of target_modules."
             )
 
     def restore(self, snapshot: Any) -> None:
         """Put back the weight of a snapshot, on the device and in the dtype that the layer has now."""
-        if offloaded.source(self.layer) is not None:
-            offloaded.put(self.layer, self.name, snapshot)
+        if offloaded.offloading_hook(self.layer) is not None:
+            offloaded.replace(self.layer, self.name, snapshot)
             return
-        if isinstance(snapshot, offloaded.Kept):  # the weights have come back since
+        if isinstance(snapshot, offloaded.Snapshot):  # the weights are no longer offloaded
             snapshot = nn.Parameter(snapshot.value.detach(), requires_grad=self.stored.requires_grad)
         snapshot.data = self.value_of(snapshot).data
         setattr(self.layer, self.name, snapshot)
 
     def value_of(self, snapshot: Any) -> Tensor:
         """The weight of a snapshot, on the device and in the dtype that the layer has now."""
-        if isinstance(snapshot, offloaded.Kept):
+        if isinstance(snapshot, offloaded.Snapshot):
             snapshot = snapshot.value
         value: Tensor = snapshot.to(self.stored.device, self.stored.dtype)
         return value

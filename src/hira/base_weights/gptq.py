@@ -14,7 +14,7 @@ from hira.errors import HiraError
 from hira.ops.linear import Dequantize
 
 # the modules of its layers for PyTorch; those for other kernels pack the weight in ways of their own, and that of
-# `torch_awq` rounds its scales anew for each dtype of x
+# `torch_awq` rounds its scales for each dtype of x
 _READABLE = ("torch", "torch_aten_kernel", "torch_aten_kernel_awq")
 
 
@@ -22,14 +22,14 @@ class Gptq(ReadOnly):
     """Codes of 2 to 8 bits that were calibrated, with a scale and a zero point for each group of rows.
 
     Raises:
-        HiraError: the layer has packed its weight anew for inference, so that it cannot be read.
+        HiraError: the layer has repacked its weight for inference, so that it cannot be read.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer, "qweight")
         if getattr(layer, "linear_mode", None) == "inference":
             raise HiraError(
-                f"This {type(layer).__name__} was run in evaluation mode and packed its weight anew for inference, "
+                f"This {type(layer).__name__} was run in evaluation mode and repacked its weight for inference, "
                 "which cannot be undone; load the model again and adapt it before it is run."
             )
         self.layer.linear_mode = "train"  # it stays readable, with adapters disabled too

@@ -1,9 +1,9 @@
-"""Weights that accelerate keeps on a CPU or a disk, and brings in for a module's own forward alone.
+"""Weights that accelerate offloads to a CPU or a disk, and loads only while a module's own forward runs.
 
-accelerate replaces the forward of a module on the instance. A hook moves the input to an execution device, brings the
-weights in, and leaves placeholders on the meta device behind. A HiRA layer multiplies by W' itself, without calling
-that forward, so it has to do what the hook does; what it has to know of hooks is here. accelerate is never imported: a
-module can only have a hook of it if it was.
+accelerate replaces the forward of a module on the instance. A hook moves the input to an execution device, loads the
+weights, and afterwards leaves placeholders on the meta device. A HiRA layer multiplies by W' itself, without calling
+that forward, so it does what the hook does; this file holds what it has to know about hooks. hira does not import
+accelerate: a module can only have one of its hooks if somebody else imported it.
 """
 
 from __future__ import annotations
@@ -39,51 +39,51 @@ def hooks(module: nn.Module) -> list[Any]:
     return found
 
 
-def _aligns(hook: Any) -> bool:
+def _moves_tensors(hook: Any) -> bool:
     kind = getattr(sys.modules.get("accelerate.hooks"), "AlignDevicesHook", None)
     return kind is not None and isinstance(hook, kind)
 
 
-def source(module: nn.Module) -> Any:
-    """The hook that keeps a module's weights elsewhere; None where they stay with the module."""
+def offloading_hook(module: nn.Module) -> Any:
+    """The hook that offloads a module's weights; None where they stay in the module."""
     for hook in hooks(module):
-        if _aligns(hook) and hook.offload and hook.weights_map is not None:
+        if _moves_tensors(hook) and hook.offload and hook.weights_map is not None:
             return hook
     return None
 
 
-def is_away(module: nn.Module, name: str) -> bool:
-    """Whether a module has a placeholder for one of its tensors, which a hook knows where to find."""
+def is_offloaded(module: nn.Module, name: str) -> bool:
+    """Whether a module holds a placeholder for one of its tensors, which a hook can load."""
     tensor = getattr(module, name, None)
-    return isinstance(tensor, Tensor) and tensor.is_meta and source(module) is not None
+    return isinstance(tensor, Tensor) and tensor.is_meta and offloading_hook(module) is not None
 
 
 def execution_device(module: nn.Module) -> Any:
     """The device to which a module's hook moves its inputs; None where they stay."""
-    devices = [hook.execution_device for hook in hooks(module) if _aligns(hook)]
+    devices = [hook.execution_device for hook in hooks(module) if _moves_tensors(hook)]
     return next((device for device in reversed(devices) if device is not None), None)
 
 
 def returns_output(module: nn.Module) -> bool:
     """Whether a module's hook moves the output back to where the input was."""
-    return any(_aligns(hook) and hook.io_same_device for hook in hooks(module))
+    return any(_moves_tensors(hook) and hook.io_same_device for hook in hooks(module))
 
 
 def is_own_forward(module: nn.Module) -> bool:
-    """Whether a module runs the forward of its type, if with hooks around it that only move tensors."""
+    """Whether a module runs the forward of its type, alone or within hooks that only move tensors."""
     if "forward" not in module.__dict__:
         return True
     around = hooks(module)
     # a hook that is removed leaves the method on the instance
     forward = module.__dict__.get("_old_forward" if around else "forward")
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-    return own and all(_aligns(hook) and not hook.no_grad for hook in around)
+    return own and all(_moves_tensors(hook) and not hook.no_grad for hook in around)
 
 
-class Away(NamedTuple):
-    """A tensor that is elsewhere: the mapping that finds it there, its name in that, and where it is needed.
+class OffloadedTensor(NamedTuple):
+    """A tensor that is offloaded: the mapping that loads it, its name in the mapping, and the execution device.
 
-    Merging gives the hook another mapping, so that a backward that is still to come finds the value of its forward.
+    A merge gives the hook another mapping, so a backward that runs after it still loads the value of its forward.
     """
 
     weights: Mapping[str, Tensor]
@@ -95,28 +95,28 @@ class Away(NamedTuple):
         return self.weights[self.name].detach()[index].to(device=self.device, dtype=placeholder.dtype)
 
 
-def away(module: nn.Module, name: str) -> Away | None:
-    """Where a tensor of a module is; None where it is in the module."""
-    if not is_hooked(module) or not is_away(module, name):
+def find(module: nn.Module, name: str) -> OffloadedTensor | None:
+    """A module's offloaded tensor; None where the module holds the tensor itself."""
+    if not is_hooked(module) or not is_offloaded(module, name):
         return None
-    return Away(source(module).weights_map, name, execution_device(module))
+    return OffloadedTensor(offloading_hook(module).weights_map, name, execution_device(module))
 
 
-def present(module: nn.Module, name: str) -> Any:
-    """A tensor of a module, brought in if it is elsewhere; None if there is none of that name."""
-    found, tensor = away(module, name), getattr(module, name, None)
+def load(module: nn.Module, name: str) -> Any:
+    """A module's tensor, loaded if it is offloaded; None if there is none of that name."""
+    found, tensor = find(module, name), getattr(module, name, None)
     return tensor if found is None or tensor is None else found.fetch(tensor)
 
 
-def bring_in(state: dict[str, Any], module: nn.Module, prefix: str) -> None:
-    """Put a module's own parameters into a state dict in which they are placeholders."""
+def load_into(state: dict[str, Any], module: nn.Module, prefix: str) -> None:
+    """Load a module's own parameters into a state dict in which they are placeholders."""
     for name, _ in module.named_parameters(recurse=False):
-        if is_away(module, name):
-            state[f"{prefix}{name}"] = present(module, name)
+        if is_offloaded(module, name):
+            state[f"{prefix}{name}"] = load(module, name)
 
 
-class Kept(NamedTuple):
-    """What a hook finds for a tensor at some time: its mapping, and the value put over that, if there is one."""
+class Snapshot(NamedTuple):
+    """What a hook loads for a tensor at one time: the mapping that it has then, and the tensor's name in it."""
 
     weights: Mapping[str, Tensor]
     name: str
@@ -127,67 +127,67 @@ class Kept(NamedTuple):
         return self.weights[self.name]
 
 
-def put(module: nn.Module, name: str, value: Tensor | Kept) -> None:
-    """Have a module's hook find another value for a tensor, or again the one that it found at some time.
+def replace(module: nn.Module, name: str, value: Tensor | Snapshot) -> None:
+    """Make a module's hook load another value for a tensor, or the value of an earlier snapshot.
 
-    What is on the disk stays as it is. A new value is kept on the CPU, laid over the hook's mapping.
+    Nothing is written to the disk. A new value stays on the CPU, in a mapping that takes precedence over the hook's.
     """
-    hook = source(module)
-    over, below = _layers(hook.weights_map)
+    hook = offloading_hook(module)
+    over, below = _overlay_and_below(hook.weights_map)
     others = {key: tensor for key, tensor in over.items() if key != name}
-    if isinstance(value, Kept):
-        over_then, below_then = _layers(value.weights)
+    if isinstance(value, Snapshot):
+        over_then, below_then = _overlay_and_below(value.weights)
         if below_then is not below or name in over_then:
             others[name] = value.value
     else:
         others[name] = value.detach().to("cpu")
     hook.weights_map = ChainMap(others, below) if others else below
     parameter = getattr(module, name)
-    if not parameter.is_meta:  # it was brought in, as for a merge of PEFT's
+    if not parameter.is_meta:  # it is loaded now, as in a merge by PEFT
         new = hook.weights_map[name].detach().to(parameter.device, parameter.dtype)
         setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
 
-def take(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Take what a state dict has for tensors that are elsewhere, which PyTorch would not load into a placeholder."""
+def load_state_dict(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Load a state dict's values of offloaded tensors, since PyTorch would not load them into placeholders."""
     for prefix, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             value = state.get(f"{prefix}.{name}")
-            if value is not None and value.shape == tensor.shape and is_away(module, name):
+            if value is not None and value.shape == tensor.shape and is_offloaded(module, name):
                 del state[f"{prefix}.{name}"]
-                if not torch.equal(value.to(tensor.dtype), present(module, name).to(value.device)):
-                    put(module, name, value)
+                if not torch.equal(value.to(tensor.dtype), load(module, name).to(value.device)):
+                    replace(module, name, value)
 
 
-def _layers(weights: Any) -> tuple[Any, Any]:
+def _overlay_and_below(weights: Any) -> tuple[Any, Any]:
     return (weights.maps[0], weights.maps[1]) if isinstance(weights, ChainMap) else ({}, weights)
 
 
-def place(x: Tensor, module: nn.Module) -> Tensor:
-    """Move x to where a module's hook has the module computed."""
+def to_execution_device(x: Tensor, module: nn.Module) -> Tensor:
+    """Move x to the device on which a module's hook runs the module."""
     device = execution_device(module)
     return x if device is None else x.to(device)
 
 
 def check_reachable(module: nn.Module, weight: Tensor, x: Tensor) -> None:
-    """Refuse to compute with a placeholder that nobody would bring in; PyTorch would not always notice."""
-    if weight.is_meta and not x.is_meta and source(module) is None:
+    """Refuse to compute with a placeholder that no hook would load; PyTorch would not always notice."""
+    if weight.is_meta and not x.is_meta and offloading_hook(module) is None:
         raise HiraError(
-            f"The weight of {type(module).__name__} is on the meta device, and there is no hook that would bring it "
-            "in. Load the model's weights first. If accelerate offloads whole blocks, with preload_module_classes, "
+            f"The weight of {type(module).__name__} is on the meta device, and there is no hook that would load "
+            "it. Load the model's weights first. If accelerate offloads whole blocks, with preload_module_classes, "
             "offload without that."
         )
 
 
-def moved(inputs: Any, module: nn.Module) -> Any:
-    """Inputs of any kind where a module's hook would move them."""
+def inputs_to_execution_device(inputs: Any, module: nn.Module) -> Any:
+    """Inputs of any kind, moved to the device on which a module's hook runs the module."""
     device = execution_device(module)
     return inputs if device is None else sys.modules["accelerate.utils"].send_to_device(inputs, device)
 
 
 def check_can_train(factors: nn.Module, name: str) -> None:
-    """Refuse to train a parameter of which accelerate brings in copies."""
-    if torch.is_grad_enabled() and getattr(factors, name).requires_grad and is_away(factors, name):
+    """Refuse to train a parameter that accelerate loads as a copy."""
+    if torch.is_grad_enabled() and getattr(factors, name).requires_grad and is_offloaded(factors, name):
         raise HiraError(
             f"Adapter {name!r} is offloaded with the model and cannot be trained there. Offload the model first and "
             "adapt it then, which leaves adapters on the execution device; or call the model under torch.no_grad()."
@@ -195,7 +195,7 @@ def check_can_train(factors: nn.Module, name: str) -> None:
 
 
 def check_copies(model: nn.Module, names: Collection[str]) -> None:
-    """Refuse to train modules in full, by the ends of their names, where accelerate brings in copies of their weights.
+    """Refuse to train modules in full, by the ends of their names, where accelerate loads copies of their weights.
 
     Args:
         model: the model.
@@ -203,15 +203,15 @@ def check_copies(model: nn.Module, names: Collection[str]) -> None:
     """
     for key, module in model.named_modules():
         named = any(f".{key}".endswith(f".{name}") for name in names)
-        if named and any(source(inner) is not None for inner in module.modules()):
+        if named and any(offloading_hook(inner) is not None for inner in module.modules()):
             raise HiraError(
                 f"modules_to_save names {key}, which accelerate offloads, so that it could not be trained; leave it on "
                 "its device in the device map, or out of modules_to_save."
             )
 
 
-def enter_adapters(model: nn.Module, kind: type[nn.Module], prefix: str) -> None:
-    """Enter adapters of offloaded layers into a model's device map, by which transformers' `load_adapter` goes.
+def add_to_device_map(model: nn.Module, kind: type[nn.Module], prefix: str) -> None:
+    """Add the adapters of offloaded layers to a model's device map, which transformers' `load_adapter` follows.
 
     Args:
         model: the model.
@@ -221,47 +221,47 @@ def enter_adapters(model: nn.Module, kind: type[nn.Module], prefix: str) -> None
     devices = model.__dict__.get("hf_device_map", {})
     for key, layer in model.named_modules() if devices else ():
         base: Any = layer.get_base_layer() if isinstance(layer, kind) else None  # type: ignore[operator]
-        if base is not None and source(base) is not None:
+        if base is not None and offloading_hook(base) is not None:
             names = [name for name, _ in layer.named_children() if name.startswith(prefix)]
             devices.update({f"{key}.{name}": execution_device(base) for name in names})
 
 
 def untie(model: Any) -> None:
-    """Set `tie_word_embeddings` to False where offloaded embeddings are no longer tied; PEFT compares placeholders."""
+    """Set `tie_word_embeddings` to False where offloaded embeddings are untied; PEFT itself compares placeholders."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
     embeddings = [
         module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
     ]
-    if len(embeddings) == 2 and any(is_away(module, "weight") for module in embeddings):
-        first, second = (present(module, "weight") for module in embeddings)
+    if len(embeddings) == 2 and any(is_offloaded(module, "weight") for module in embeddings):
+        first, second = (load(module, "weight") for module in embeddings)
         model.config.tie_word_embeddings = torch.equal(first, second.to(first.device))
 
 
 @contextmanager
-def left_where_it_is(model: nn.Module) -> Iterator[None]:
-    """Hide from PEFT that a model is spread over devices, so that it does not spread it anew."""
+def device_map_hidden(model: nn.Module) -> Iterator[None]:
+    """Hide from PEFT that a model is placed on several devices, so that it does not place it again."""
     found = [module for module in model.modules() if "hf_device_map" in module.__dict__]
-    spread = [(module, module.__dict__.pop("hf_device_map")) for module in found]
+    maps = [(module, module.__dict__.pop("hf_device_map")) for module in found]
     try:
         yield
     finally:
-        for module, devices in spread:
+        for module, devices in maps:
             module.hf_device_map = devices
 
 
 def check_blocks(model: nn.Module, kind: type[nn.Module], what: str) -> None:
-    """Refuse something where accelerate brings whole blocks in, in which it finds weights by names from before.
+    """Refuse an operation where accelerate loads whole blocks, since it loads their weights by the names of before.
 
     Args:
         model: the model.
-        kind: the type of the layers that this is about.
-        what: for the message, what cannot be done with them.
+        kind: the type of the layers that the operation is on.
+        what: the operation that is refused, for the message.
     """
     for name, block in model.named_modules():
-        hook = source(block)
+        hook = offloading_hook(block)
         if hook is not None and hook.place_submodules and any(isinstance(inner, kind) for inner in block.modules()):
             raise HiraError(
-                f"{what}: accelerate brings {name or type(block).__name__} in as a whole block. Offload the model "
+                f"{what}: accelerate loads {name or type(block).__name__} as a whole block. Offload the model "
                 "without preload_module_classes, then adapt it, which leaves adapters on the execution device."
             )

@@ -43,7 +43,7 @@ class UnknownFieldError(HiraError, TypeError):
 
 
 def _explaining_unknown_fields(config_class: type[Config]) -> type[Config]:
-    """Make a configuration say what to do instead where it is given a field that it does not have."""
+    """Make a configuration class explain what to use in the place of a field that it does not have."""
     init = vars(config_class)["__init__"]
 
     @functools.wraps(init)
@@ -58,7 +58,7 @@ def _explaining_unknown_fields(config_class: type[Config]) -> type[Config]:
 
 
 def _instead(name: str, known: set[str]) -> str:
-    """What to do in the place of setting an unknown field."""
+    """What to use in the place of an unknown field."""
     if name in _INSTEAD:
         return _INSTEAD[name]
     if name in {item.name for item in fields(LoraConfig)}:
@@ -158,7 +158,7 @@ class HiraConfig(PeftConfig):
         check_config(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: those that PEFT knows, and others where they are not the default."""
+        """The fields that are saved: those that PEFT knows, and the others where they differ from their defaults."""
         fields: dict[str, Any] = super().to_dict()
         for name, default in (("weight_gradient", "exact"), ("target_parameters", None), ("hira_alpha", None)):
             if fields[name] == default:
@@ -177,7 +177,7 @@ class HiraConfig(PeftConfig):
 
 
 def rank_of(config: Any, key: str, default: int | None = None) -> int:
-    """The rank for the module of some name: `rank_pattern`'s, or else the default, by default ``config.r``."""
+    """A module's rank by its name: that of `rank_pattern`, else the default, which is ``config.r`` if not given."""
     patterns = config.rank_pattern or {}
     rank: int = patterns.get(get_pattern_key(patterns.keys(), key), config.r if default is None else default)
     return rank
@@ -219,13 +219,13 @@ def check_rank(r: Any, name: str) -> None:
 
 
 def check_init_weights(init_weights: Any) -> None:
-    """Refuse a way to start that does not exist."""
+    """Refuse an initialisation that does not exist."""
     if not (init_weights is None or isinstance(init_weights, bool) or init_weights == "gaussian"):
         raise HiraError(f"init_weights must be True, False, None or 'gaussian', not {init_weights!r}.")
 
 
 def check_target_parameters(names: Any, dropout: float) -> None:
-    """Refuse what is no list of names, and dropout, which would have to drop entries of W0 * BA."""
+    """Refuse anything but a list of names, and dropout, which would have to drop entries of W0 * BA."""
     if names is None:
         return
     if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) and name for name in names):
@@ -238,7 +238,7 @@ def check_target_parameters(names: Any, dropout: float) -> None:
 
 
 def check_adapter_file(path: Path) -> None:
-    """Refuse a safetensors file whose header does not fit its size; a path where there is no file is fine."""
+    """Refuse a safetensors file whose header does not fit its size; ignore a path where there is no file."""
     if not path.is_file():
         return
     try:

@@ -1,1 +1,1 @@
-"""Base weights that are spread over processes: which way they are, and the product with W' there."""
+"""Base weights that are sharded over processes: how they are sharded, and the product with W' of their parts."""

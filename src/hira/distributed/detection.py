@@ -1,4 +1,4 @@
-"""Which way a base weight is spread over processes, as far as a layer can tell from its own module."""
+"""How a base weight is sharded over processes, as far as a layer can tell from its own module."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_dtensor(tensor: Any) -> bool:
     return isinstance(tensor, _DTENSOR)
 
 
-def spread(layer: nn.Module, name: str = "weight") -> str | None:
-    """What spreads a layer's parameter over processes, in words; None where the process holds all of it."""
+def sharded_by(layer: nn.Module, name: str = "weight") -> str | None:
+    """What shards a layer's parameter over processes, as a name; None where this process holds all of it."""
     parameter = _parameter(layer, name)
     if hasattr(parameter, "ds_id"):
         return "ZeRO-3"
@@ -32,37 +32,37 @@ def spread(layer: nn.Module, name: str = "weight") -> str | None:
 
 
 def is_gathered_by_call(layer: nn.Module) -> bool:
-    """Whether the layer's own call gathers its weight: where it is a shard group of FSDP by itself.
+    """Whether the layer's own call gathers its weight, because the layer is a shard group of FSDP by itself.
 
-    Processes that called such a layer a different number of times would wait for each other.
+    All processes have to call such a layer equally often, or they wait for each other.
     """
     return isinstance(layer, _FSDP2)
 
 
 def is_laid_out_by_call(layer: nn.Module, name: str = "weight") -> bool:
-    """Whether the layer's own call gathers its parameter, or lays x out for the part that this process holds."""
+    """Whether the layer's own call gathers its parameter, or redistributes x for the part that this process holds."""
     return is_gathered_by_call(layer) or is_dtensor(_parameter(layer, name))
 
 
 def only_gathers(hook: Any) -> bool:
-    """Whether a hook on a layer is one of ZeRO-3, which gathers the weight for whoever reads it in a forward."""
+    """Whether a hook on a layer belongs to ZeRO-3, whose hooks gather the weight and do nothing else."""
     return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
-def check_is_here(layer: nn.Module, name: str) -> None:
-    """Refuse a parameter that is spread over processes, for a layer that lets its module's own forward multiply by it.
+def check_not_sharded(layer: nn.Module, name: str) -> None:
+    """Refuse a parameter that is sharded over processes, for a layer whose module multiplies by it in its own forward.
 
-    What stands in for the parameter there is not what hooks gather, in backward least of all.
+    There the parameter is replaced by W', which hooks cannot gather.
     """
     parameter = _parameter(layer, name)
     if hasattr(parameter, "ds_id") or is_dtensor(parameter):
         raise HiraError(
-            f"The {name} of {type(layer).__name__} is spread over processes by {spread(layer, name)}. HiRA adapts "
+            f"The {name} of {type(layer).__name__} is sharded over processes by {sharded_by(layer, name)}. HiRA adapts "
             "attention and single parameters with FSDP alone, in a group with their block. Shard the model so, or "
             "leave them out of target_modules and target_parameters."
         )
 
 
 def _parameter(layer: nn.Module, name: str) -> Any:
-    # past DeepSpeed's dict, which gathers what is read from it
+    # by `dict.get`, since DeepSpeed's class of dict gathers what is read from it
     return dict.get(layer._parameters, name)

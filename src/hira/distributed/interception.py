@@ -1,8 +1,8 @@
-"""The base layer's own call with another product in it, where that call is what brings the weight in.
+"""Interception of the product in a base layer's own call, for layers whose weight is gathered by that call.
 
-Hooks on a base layer may gather its weight, lay x out for a part of it, sum what the processes computed, and free the
-weight again. They work for the product of the layer's own forward. So that call is left to run, and the one function in
-it that takes the weight is exchanged.
+Hooks on a base layer may gather its weight, redistribute x for a part of it, sum what the processes computed, and free
+the weight again. They do so for the layer's own forward. So the layer is called, and the one function in its forward
+that takes the weight is intercepted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Product(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        """The layer's input as it arrives here."""
+        """The layer's input, as the function gets it."""
         x: Tensor = self.args[_PLACES[self.function][0]]
         return x
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight as it arrives here."""
+        """The layer's weight, as the function gets it."""
         weight: Tensor = self.args[_PLACES[self.function][1]]
         return weight
 
@@ -51,32 +51,32 @@ _PLACES: dict[Any, tuple[int, int]] = {
 }
 
 
-class _Exchange(TorchFunctionMode):
-    """Hands the products with one layer's weight to another function."""
+class _Interception(TorchFunctionMode):
+    """Passes the products with one layer's weight to another function."""
 
     def __init__(self, base: nn.Module, product: Callable[[Product], Tensor]) -> None:
         super().__init__()
-        self.base, self.product, self.met = base, product, False
+        self.base, self.product, self.intercepted = base, product, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         places = _PLACES.get(func)
         if places is None or len(args) <= places[1] or args[places[1]] is not self.base.weight:
             return func(*args, **(kwargs or {}))
-        self.met = True
+        self.intercepted = True
         return self.product(Product(func, args, kwargs or {}))
 
 
-def exchanged(base: nn.Module, call: Callable[[], Tensor], product: Callable[[Product], Tensor]) -> tuple[Tensor, bool]:
-    """Run a call of the base layer in which another function computes the product with its weight.
+def intercept(base: nn.Module, call: Callable[[], Tensor], product: Callable[[Product], Tensor]) -> tuple[Tensor, bool]:
+    """Call the base layer, and let another function compute the product with its weight.
 
     Args:
-        base: the layer.
-        call: calls it, or another tuner's layer around it.
-        product: returns what stands in for the product.
+        base: the base layer.
+        call: calls the base layer, or another tuner's layer around it.
+        product: computes the product's replacement.
 
     Returns:
-        The call's output, and whether there was a product to exchange.
+        The call's output, and whether a product was intercepted.
     """
-    with _Exchange(base, product) as exchange:
+    with _Interception(base, product) as interception:
         y = call()
-    return y, exchange.met
+    return y, interception.intercepted

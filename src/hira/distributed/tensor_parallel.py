@@ -1,8 +1,8 @@
 """Products with W' where each process holds a part of W0: its rows, its columns, or a part of the vocabulary.
 
-A and B stay whole and equal on all processes, so a checkpoint needs no gathering. Of the factor that belongs to the
-divided dimension a process uses its slice, and the gradients of the slices are gathered; the other factor it uses
-whole, and the gradients, each from a part of W0, are summed:
+A and B stay whole and equal on all processes, so a checkpoint needs no gathering. One factor belongs to the divided
+dimension: a process uses a slice of it, and the gradients of the slices are gathered. The other factor is used whole,
+and its gradients, each from a part of W0, are summed:
 
     rows of W0 divided        W'_k = W0_k * (1 + B_k A)        y_k of y
     columns of W0 divided     W'_k = W0_k * (1 + B A_k)        y = sum_k x_k W'_k^T
@@ -62,12 +62,12 @@ def check_laid_out(x: Any, weight: Any) -> None:
         raise HiraError(
             f"A layer with a weight of type {type(weight).__name__} was called with an input of type "
             f"{type(x).__name__}. Call the model, not a part of it that FSDP has not gathered or whose inputs no "
-            "parallel style lays out."
+            "parallel style redistributes."
         )
 
 
-def make_equal(layout: Layout, parameters: Iterable[Tensor]) -> None:
-    """Give all processes of the mesh the first one's values of some parameters, in place."""
+def broadcast(layout: Layout, parameters: Iterable[Tensor]) -> None:
+    """Copy parameters from the first process of the mesh to all others, in place."""
     group = layout.mesh.get_group()
     with torch.no_grad():
         for parameter in parameters:
@@ -81,12 +81,12 @@ def linear(layout: Layout, A: Tensor, B: Tensor, x: Any, weight: Any, bias: Any 
         layout: that of W0.
         A: (r, in), whole.
         B: (out, r), whole.
-        x: (..., in), a DTensor; or the local part that the product is of, where `weight` is local too.
+        x: (..., in), a DTensor; or this process's part of it, where `weight` is a part too.
         weight: W0, a DTensor or this process's part of it.
-        bias: of the kind that weight is of; where it is local, the columns of W0 are divided and it is passed, None.
+        bias: a DTensor or a part, as `weight`; None where `weight` is a part and the columns of W0 are divided.
 
     Returns:
-        (..., out) as a DTensor, divided by its last dimension or to be summed; local where x is.
+        (..., out) as a DTensor, divided by its last dimension or to be summed; this process's part where x is one.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -123,7 +123,7 @@ def embedding(
         ids: integers, a DTensor.
         weight: W0, a DTensor.
         padding_idx, scale_grad_by_freq, sparse: those of `F.embedding`.
-        max_norm, norm_type: of `F.embedding`; a norm is refused, of which each process would know a part.
+        max_norm, norm_type: those of `F.embedding`; `max_norm` is refused, since a process has a part of each norm.
 
     Returns:
         (*ids.shape, dim), a DTensor.
@@ -155,7 +155,7 @@ def embedding(
 
 
 def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
-    """Compute what stands in for a product with W0, by the parallel style's own arguments of it.
+    """Compute the product with W' in the place of one with W0, from the arguments of the parallel style.
 
     Args:
         product: the base layer's product.
@@ -166,7 +166,7 @@ def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
         The output, a DTensor where the base layer's is one.
 
     Raises:
-        HiraError: there is none for such a layer, or its options.
+        HiraError: the kind of layer, or an option of it, is not served.
     """
     function = _PRODUCTS.get(product.function)
     if function is None:
@@ -177,7 +177,7 @@ def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
     return function(layout, A, B, *product.args, **product.kwargs)
 
 
-# by the functions that they stand in for
+# by the functions that they replace
 _PRODUCTS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.embedding: embedding}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import rank_of
-from hira.distributed.detection import check_is_here
+from hira.distributed.detection import check_not_sharded
 from hira.errors import HiraError
 from hira.layers import merging
 from hira.layers.base import HiraLayer
@@ -127,7 +127,7 @@ class MultiheadAttention(HiraLayer):
         query = args[0] if args else kwargs["query"]
         base: Any = self.base_layer
         check_not_offloaded(base)
-        check_is_here(base, "in_proj_weight")
+        check_not_sharded(base, "in_proj_weight")
         with exclusive(base), ExitStack() as stack:
             output, weights = base._modules["out_proj"], []
             if (in_proj := _form(self, query)) is not None:
@@ -167,7 +167,7 @@ class MultiheadAttention(HiraLayer):
 
 def check_not_offloaded(base: nn.Module) -> None:
     """Refuse attention with offloaded weights: accelerate fetches none of `out_proj`, which is never called."""
-    if any(offloaded.source(module) is not None for module in base.modules()):
+    if any(offloaded.offloading_hook(module) is not None for module in base.modules()):
         raise HiraError(
             f"accelerate offloads the weights of {type(base).__name__}, but could not bring in those of its out_proj, "
             "as attention multiplies by them without calling it. Leave attention on its device in the device map."

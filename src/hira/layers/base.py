@@ -197,7 +197,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
         stored = self.storage.stored
         base = self.get_base_layer()
-        device = offloaded.execution_device(base) if offloaded.source(base) is not None else stored.device
+        device = offloaded.execution_device(base) if offloaded.offloading_hook(base) is not None else stored.device
         return torch.device(device), getattr(base, "compute_dtype", stored.dtype)
 
     # Factors
@@ -241,7 +241,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         factor: Tensor = getattr(factors, name)
         if factor.is_meta:
             offloaded.check_can_train(factors, name)
-            factor = offloaded.present(factors, name)
+            factor = offloaded.load(factors, name)
         return factor
 
     def _scale(self, name: str) -> float:
@@ -305,7 +305,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         if offloaded.is_hooked(base):
             # offloading the model may have given the hook the values of a state dict
             merging.settle(self, by_value=False)
-            y = self._output(offloaded.place(x, base), adapter_names, args, kwargs)
+            y = self._output(offloaded.to_execution_device(x, base), adapter_names, args, kwargs)
             return y.to(x.device) if offloaded.returns_output(base) else y
         return self._output(x, adapter_names, args, kwargs)
 
@@ -425,7 +425,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             with merging.holding_W0(self):
                 state = super().state_dict(*args, prefix=prefix, **kwargs)
         for attribute in self.adapter_layer_names:
-            offloaded.bring_in(state, getattr(self, attribute), f"{prefix}{attribute}.")
+            offloaded.load_into(state, getattr(self, attribute), f"{prefix}{attribute}.")
         return state
 
     def _put_W0(self, state: dict[str, Any], prefix: str) -> None:
@@ -434,7 +434,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         while isinstance(layer, BaseTunerLayer):
             layer, path = layer.base_layer, f"{path}base_layer."
         key = f"{path}{storage.name}"
-        if self.record is not None and key in state and offloaded.source(storage.layer) is None:
+        if self.record is not None and key in state and offloaded.offloading_hook(storage.layer) is None:
             W0 = storage.value_of(self.record.original)
             state[key] = W0 if state[key].requires_grad else W0.detach()
 

@@ -19,7 +19,7 @@ from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.distributed import tensor_parallel
 from hira.distributed.detection import is_gathered_by_call, is_laid_out_by_call, only_gathers
-from hira.distributed.interception import Product, exchanged
+from hira.distributed.interception import Product, intercept
 from hira.distributed.tensor_parallel import Layout, layout_of
 from hira.errors import HiraError
 from hira.layers import merging
@@ -158,7 +158,7 @@ def _output_of_intercepted_call(
     storage = layer.storage
     # before the call, which may take this process's own part of the weight
     layout = None if is_gathered_by_call(storage.layer) else layout_of(storage.stored)
-    y, met = exchanged(storage.layer, base_output, partial(_product_for, layer, names, layout))
+    y, met = intercept(storage.layer, base_output, partial(_product_for, layer, names, layout))
     return y if met else layer._with_updates(y, x, names)
 
 
@@ -174,6 +174,6 @@ def _product_for(layer: HiraLayer, names: Sequence[str], layout: Layout | None, 
         )
     for name in names:
         if name not in layer.equal_on_all_processes:
-            tensor_parallel.make_equal(layout, [factors[name] for factors in layer._factor_dicts])
+            tensor_parallel.broadcast(layout, [factors[name] for factors in layer._factor_dicts])
             layer.equal_on_all_processes.add(name)
     return tensor_parallel.compute(product, layout, *layer._factors(names))

@@ -15,7 +15,7 @@ from hira.base_weights.dense import Storage
 from hira.base_weights.gptq import Gptq
 from hira.base_weights.hqq import Hqq
 from hira.base_weights.torchao import Torchao
-from hira.distributed.detection import spread
+from hira.distributed.detection import sharded_by
 from hira.errors import HiraError
 from hira.layers.attention import dispatch_attention
 from hira.layers.base import HiraLayer
@@ -138,7 +138,7 @@ def dispatch(target: nn.Module, adapter_name: str, hira_config: Any, **kwargs: A
 def _check_dense(base: nn.Module) -> None:
     if not Storage.serves(base):
         weight: Any = base.weight
-        if (by := spread(base)) == "FSDP":
+        if (by := sharded_by(base)) == "FSDP":
             raise HiraError(
                 f"Target module {base} is not supported: {by} has sharded its weight already, and would not shard the "
                 "adapter with it. Adapt the model first, then shard it."

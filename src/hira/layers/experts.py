@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
-from hira.base_weights.offloaded import Away
-from hira.distributed.detection import check_is_here
+from hira.base_weights.offloaded import OffloadedTensor
+from hira.distributed.detection import check_not_sharded
 from hira.errors import HiraError
 from hira.layers import merging, weight_access
 from hira.layers.base import HiraLayer
@@ -109,7 +109,7 @@ class ParamWrapper(HiraLayer):
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)
 
-    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, away: Away | None = None) -> LazyWeight:
+    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, away: OffloadedTensor | None = None) -> LazyWeight:
         """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, r, in) and B (E, out, r)."""
         stacked = self._is_stacked
         matrices = W0.unbind(0) if stacked else (W0,)
@@ -127,7 +127,7 @@ class ParamWrapper(HiraLayer):
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
         )
 
-    def _fetcher(self, away: Away, e: int) -> Dequantize:
+    def _fetcher(self, away: OffloadedTensor, e: int) -> Dequantize:
         """What fetches W0[e], (out, in), and no other expert's."""
         index, transposed = (e if self._is_stacked else ...), self._is_transposed
 
@@ -193,9 +193,9 @@ class ParamWrapper(HiraLayer):
     def _weight(self, names: Sequence[str]) -> Tensor:
         """What the module is to find in the place of the parameter."""
         base = self.get_base_layer()
-        check_is_here(base, self.parameter_name)
+        check_not_sharded(base, self.parameter_name)
         with merging.holding_W0(self):
-            weight = self._lazy(self.storage.stored, *self._factors(names), offloaded.away(base, self.parameter_name))
+            weight = self._lazy(self.storage.stored, *self._factors(names), offloaded.find(base, self.parameter_name))
         config = getattr(base, "config", None)
         return weight if getattr(config, "_experts_implementation", None) in FOLLOWED else weight.form()
 
@@ -217,8 +217,8 @@ class ParamWrapper(HiraLayer):
 def _call(base: nn.Module, in_use: list[tuple[ParamWrapper, list[str]]], *args: Any, **kwargs: Any) -> Any:
     """The output of a module with W' in the place of the wrapped parameters; under torch.compile a graph break."""
     if offloaded.is_own_forward(base):
-        args, kwargs = offloaded.moved((args, kwargs), base)
-    elif offloaded.source(base) is not None:
+        args, kwargs = offloaded.inputs_to_execution_device((args, kwargs), base)
+    elif offloaded.offloading_hook(base) is not None:
         raise HiraError(
             f"accelerate offloads the parameters of {type(base).__name__}, whose forward was replaced, and would bring "
             "them in over the adapted ones. Leave this module on its device in the device map."

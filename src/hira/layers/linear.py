@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hira import ops
 from hira.base_weights.dense import Storage, Transposed
-from hira.distributed.detection import spread
+from hira.distributed.detection import sharded_by
 from hira.layers.base import HiraLayer
 from hira.layers.inference_cache import inference_cache
 from hira.layers.mixed_batch import BASE
@@ -97,7 +97,7 @@ class Linear(HiraLayer):
         if torch.compiler.is_compiling() or not inference_cache.keeps:
             return None
         storage = self.storage
-        if torch.is_grad_enabled() or heuristics.plain() or spread(storage.layer):
+        if torch.is_grad_enabled() or heuristics.plain() or sharded_by(storage.layer):
             return None
         W0, dequantize = storage.saved_for_backward()
         if dequantize is not None:

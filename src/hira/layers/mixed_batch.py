@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hira.distributed.detection import is_gathered_by_call, spread
+from hira.distributed.detection import is_gathered_by_call, sharded_by
 from hira.errors import HiraError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _check_processes_agree(layer: HiraLayer, rows: dict[str, list[int]]) -> None
     """Refuse a mixed batch where the rows of a process decide what it gathers, and other processes would wait."""
     base = layer.storage.layer
     calls_differ = len(rows) > 1 and is_gathered_by_call(base)
-    if calls_differ or spread(base, layer.storage.name) == "ZeRO-3":
+    if calls_differ or sharded_by(base, layer.storage.name) == "ZeRO-3":
         raise HiraError(
             f"adapter_names asks for {sorted(rows)}, but {layer.name or 'this layer'} is spread over processes that "
             "would gather other weights than this one, and wait; set an adapter and pass no names, or serve mixed "

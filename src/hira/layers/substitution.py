@@ -20,7 +20,7 @@ _making_locks = threading.Lock()
 
 @contextmanager
 def exclusive(module: nn.Module) -> Iterator[None]:
-    """Keep other threads from exchanging what a module holds, and from reading what was exchanged, for a while.
+    """Keep other threads from exchanging what a module holds, and from reading what was intercept, for a while.
 
     Args:
         module: the module. The thread that has it may ask for it again.
@@ -49,8 +49,10 @@ def substituted(module: nn.Module, **values: Any) -> Iterator[None]:
     """
     with exclusive(module):
         if "forward" in module.__dict__ and offloaded.is_own_forward(module):
-            absent = [name for name in module._parameters if name not in values and offloaded.is_away(module, name)]
-            values |= {name: offloaded.present(module, name) for name in absent}
+            absent = [
+                name for name in module._parameters if name not in values and offloaded.is_offloaded(module, name)
+            ]
+            values |= {name: offloaded.load(module, name) for name in absent}
             values["forward"] = MethodType(type(module).forward, module)
         kind = type(module)
         computed = [name for name in values if isinstance(getattr(kind, name, None), property)]

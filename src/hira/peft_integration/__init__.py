@@ -1,3 +1,3 @@
-"""All that touches the insides of PEFT: its registries, its loading and saving, its optimizers."""
+"""Everything that changes PEFT itself: its registries, its loading and saving, its optimizers."""
 
-import peft  # noqa: F401  which registers hira, before any module here is half imported
+import peft  # noqa: F401  registers hira before a module of this package is half imported

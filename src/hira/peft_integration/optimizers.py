@@ -1,4 +1,4 @@
-"""PEFT's optimizers for LoRA, which find its parameters by their names, on models with HiRA adapters."""
+"""PEFT's optimizers for LoRA on models with HiRA adapters, whose parameters have other names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
 def loraplus(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """`create_loraplus_optimizer`, that gives HiRA's B the rate, and the decay, that it gives LoRA's."""
+    """Make `create_loraplus_optimizer` give HiRA's B the rate and the decay of LoRA's B."""
 
     @functools.wraps(create)
     def wrapper(model: nn.Module, optimizer_cls: Any, *args: Any, **kwargs: Any) -> Optimizer:
@@ -41,7 +41,7 @@ def loraplus(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 
 
 def lorafa(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """`create_lorafa_optimizer`, that refuses a model with HiRA adapters, on which it would be plain AdamW."""
+    """Make `create_lorafa_optimizer` refuse a model with HiRA adapters, on which it would be plain AdamW."""
 
     @functools.wraps(create)
     def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
@@ -57,7 +57,7 @@ def lorafa(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 
 
 def riemannian_pairs(collect: Callable[[nn.Module], Pairs]) -> Callable[[nn.Module], Pairs]:
-    """What finds the pairs of A and B to precondition, that finds HiRA's matrices too: the loss is a function of BA."""
+    """Make the preconditioner's search for pairs of A and B find HiRA's too: the loss depends on BA alone."""
 
     @functools.wraps(collect)
     def wrapper(model: nn.Module) -> Pairs:
@@ -67,7 +67,7 @@ def riemannian_pairs(collect: Callable[[nn.Module], Pairs]) -> Callable[[nn.Modu
 
 
 def _matrices(layer: HiraLayer) -> Pairs:
-    """A and B of each adapter that trains, of a layer that adapts one matrix that is not an embedding's."""
+    """A and B of each adapter that trains; none of embeddings and of stacked experts."""
     if isinstance(layer, Embedding | ParamWrapper):
         return []
     As, Bs = layer._factor_dicts

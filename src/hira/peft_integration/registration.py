@@ -1,4 +1,4 @@
-"""Puts HiRA's classes in the place of PEFT's own, and back; only this file touches PEFT's registries and modules."""
+"""Replaces PEFT's own HiRA by this package's, and undoes it; only this file changes PEFT's registries and modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
 
-from hira.base_weights.offloaded import left_where_it_is
+from hira.base_weights.offloaded import device_map_hidden
 from hira.config import hira_config as config_module
 from hira.config.hira_config import HiraConfig
 from hira.layers import bitsandbytes, dispatch
@@ -47,9 +47,9 @@ from hira.tuner.state_dicts import loading, saving
 from hira.tuner.transaction import unchanged_on_error
 from hira.version import __version__
 
-# the name under which PEFT's own HiRA can be imported while this package has its place; what is pickled refers to it
+# the name of PEFT's own HiRA while this package is registered, for imports and for pickles
 STOCK_NAME = "peft.tuners.hira_stock"
-# the modules of PEFT's own HiRA, and what stands for them
+# the modules of PEFT's own HiRA, and what replaces them
 _MODULES = {
     "config": config_module,
     "layer": sys.modules["hira"],
@@ -74,7 +74,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give PEFT its own HiRA back. Models that were made with this package's layers keep them. Safe to repeat."""
+    """Restore PEFT's own HiRA. Models that have this package's layers keep them. Safe to repeat."""
     while _undo:
         _undo.pop()()
 
@@ -92,7 +92,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
 
     stock_config, stock_model = peft.tuners.hira.HiraConfig, peft.tuners.hira.HiraModel
     yield stock_model, "inject_adapter", _refusing(stock_model.inject_adapter)
-    yield from _stock_marked()
+    yield from _marks_of_stock()
     for module in (peft, peft.tuners):
         yield module, "HiraConfig", HiraConfig
         yield module, "HiraModel", HiraModel
@@ -118,7 +118,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         yield module, "MixedModel", HiraMixedModel
 
     tuners = peft.tuners.tuners_utils
-    yield tuners, "onload_layer", _onloading_others(tuners.onload_layer)
+    yield tuners, "onload_layer", _skipping_hira_layers(tuners.onload_layer)
 
     storing = peft.utils.save_and_load
     for module in (peft, peft.utils, storing, peft.peft_model, peft.functional, peft.tuners.xlora.model):
@@ -126,10 +126,10 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
             if name in vars(module):
                 yield module, name, wrap(vars(module)[name])
 
-    # of which rescale_adapter_scale changes the scaling
+    # rescale_adapter_scale changes the scaling of these layers
     yield peft.helpers, "LoraLayer", (peft.helpers.LoraLayer, HiraLayer)
     optimizers = peft.optimizers
-    # of which create_loraplus_optimizer has a rate of its own
+    # create_loraplus_optimizer has a rate of its own for these layers
     yield optimizers.loraplus, "Embedding", (optimizers.loraplus.Embedding, Embedding)
     for module in (optimizers, optimizers.loraplus):
         yield module, "create_loraplus_optimizer", loraplus(module.create_loraplus_optimizer)
@@ -139,8 +139,12 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     if riemannian is not None:
         yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
 
-    yield peft.PeftModel, "add_adapter", _copying_for_trl(peft.PeftModel.add_adapter)
-    yield peft.PeftModel, "create_or_update_model_card", _naming_hira(peft.PeftModel.create_or_update_model_card)
+    yield peft.PeftModel, "add_adapter", _copying_reference_adapter(peft.PeftModel.add_adapter)
+    yield (
+        peft.PeftModel,
+        "create_or_update_model_card",
+        _with_version_in_card(peft.PeftModel.create_or_update_model_card),
+    )
     yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
 
     for model in (peft.PeftModel, peft.PeftMixedModel):
@@ -148,8 +152,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         yield model, "from_pretrained", _all_or_nothing_class(model.__dict__["from_pretrained"])
 
 
-def _stock_marked() -> Iterator[tuple[Any, str, Any]]:
-    """Other names for PEFT's own classes, and layers that say whose they are when they are printed, run or saved."""
+def _marks_of_stock() -> Iterator[tuple[Any, str, Any]]:
+    """New names for PEFT's own classes; their layers print under them, and warn when they are run or saved."""
     warn = functools.cache(_warn_of_stock)
     for name, module in list(sys.modules.items()):
         if name != "peft.tuners.hira" and not name.startswith("peft.tuners.hira."):
@@ -188,13 +192,13 @@ def _warn_of_stock() -> None:
     )
 
 
-def _naming_hira(create_or_update_model_card: Callable[..., None]) -> Callable[..., None]:
-    """PEFT's writing of a model card, with this package and its version where the model has its layers."""
+def _with_version_in_card(create_or_update_model_card: Callable[..., None]) -> Callable[..., None]:
+    """Make a model card name this package and its version where the model has its layers."""
 
     @functools.wraps(create_or_update_model_card)
     def wrapper(self: Any, output_dir: str) -> None:
         create_or_update_model_card(self, output_dir)
-        if not _has_hira(self):
+        if not hira_layers(self):
             return
         file = Path(output_dir, "README.md")
         card = ModelCard.load(file)
@@ -231,7 +235,7 @@ def _alias(name: str, source: ModuleType) -> ModuleType:
 
 
 def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`inject_adapter` of PEFT's own HiraModel, that adds no adapter to its layers while this package is registered."""
+    """Make PEFT's own HiraModel refuse to add an adapter to its layers while this package is registered."""
 
     @functools.wraps(inject_adapter)
     def wrapper(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -241,15 +245,11 @@ def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _has_hira(model: nn.Module) -> bool:
-    return any(isinstance(module, HiraLayer) for module in model.modules())
+def _copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `PeftModel.add_adapter` copy A and B into the reference adapter of TRL's trainers.
 
-
-def _copying_for_trl(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.add_adapter`, that fills in the reference adapter of TRL's trainers.
-
-    They add it with the configuration of the adapter to train, and then copy the parameters whose names contain
-    ".default."; those of HiRA, as PEFT names them, end in ".default".
+    The trainers add it with the configuration of the adapter that trains, and then copy each parameter with ".default."
+    in its name. The names of HiRA's parameters end in ".default", as in PEFT.
     """
 
     @functools.wraps(add_adapter)
@@ -268,8 +268,8 @@ def _is_of_trl(module: Any) -> bool:
     return isinstance(module, str) and module.startswith("trl.")
 
 
-def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:
-    """PEFT's way of bringing an offloaded layer in to merge it, for all layers but those that do so themselves."""
+def _skipping_hira_layers(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """Make PEFT's `onload_layer` skip HiRA layers, which load offloaded weights themselves."""
 
     @functools.wraps(onload_layer)
     def wrapper(layer: nn.Module) -> AbstractContextManager[None]:
@@ -278,8 +278,8 @@ def _onloading_others(onload_layer: Callable[[nn.Module], AbstractContextManager
     return wrapper
 
 
-def _is_spread_for_hira(model: nn.Module, model_id: Any, options: dict[str, Any]) -> bool:
-    """Whether a model that accelerate has spread over devices is about to get a HiRA adapter."""
+def _is_placed_and_gets_hira(model: nn.Module, model_id: Any, options: dict[str, Any]) -> bool:
+    """Whether a model that accelerate placed on several devices is about to get a HiRA adapter."""
     if not any("hf_device_map" in module.__dict__ for module in model.modules()):
         return False
     config = options.get("config")
@@ -292,24 +292,27 @@ def _is_spread_for_hira(model: nn.Module, model_id: Any, options: dict[str, Any]
 
 
 def _all_or_nothing(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.load_adapter`, that takes a HiRA adapter it could not load out of the model again."""
+    """Make `PeftModel.load_adapter` remove a HiRA adapter that it could not load."""
 
     @functools.wraps(load_adapter)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with unchanged_on_error(self, only_if=_has_hira), left_where_it_is(self) if _has_hira(self) else nullcontext():
+        with (
+            unchanged_on_error(self, only_if=hira_layers),
+            device_map_hidden(self) if hira_layers(self) else nullcontext(),
+        ):
             return load_adapter(self, *args, **kwargs)
 
     return wrapper
 
 
 def _all_or_nothing_class(from_pretrained: Any) -> Any:
-    """`PeftModel.from_pretrained`, that takes a HiRA adapter it could not load out of the base model again."""
+    """Make `PeftModel.from_pretrained` remove a HiRA adapter that it could not load from the base model."""
     function = from_pretrained.__func__
 
     @functools.wraps(function)
     def wrapper(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = left_where_it_is(model) if _is_spread_for_hira(model, model_id, kwargs) else nullcontext()
-        with unchanged_on_error(model, only_if=_has_hira), hidden:
+        hidden = device_map_hidden(model) if _is_placed_and_gets_hira(model, model_id, kwargs) else nullcontext()
+        with unchanged_on_error(model, only_if=hira_layers), hidden:
             return function(cls, model, model_id, *args, **kwargs)
 
     return classmethod(wrapper)

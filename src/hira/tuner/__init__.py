@@ -1,3 +1,3 @@
-"""What PEFT calls a tuner: the configuration, the model, and the model that mixes HiRA with other tuners."""
+"""What PEFT calls a tuner: the model, the mixed model with other tuners, and the checks of names and state dicts."""
 
-import peft  # noqa: F401  which registers hira, before any module here is half imported
+import peft  # noqa: F401  registers hira before a module of this package is half imported

@@ -1,4 +1,4 @@
-"""Which names an adapter can have: those under which PyTorch holds it, and PEFT saves it and finds it again."""
+"""Checks of adapter names: PyTorch has to hold an adapter under its name, and PEFT to save and load it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 
 
 def check_name(adapter_name: Any) -> None:
-    """Refuse a name that PyTorch cannot give a parameter, or PEFT a folder."""
+    """Refuse a name that PyTorch cannot give to a parameter, or PEFT to a folder."""
     if isinstance(adapter_name, str) and not (problem := _problem(adapter_name)):
         return
     problem = problem if isinstance(adapter_name, str) else f"it is a {type(adapter_name).__name__}, not a str"
@@ -38,7 +38,7 @@ def _problem(name: str) -> str | None:
 
 
 def check_saved_modules(model: nn.Module, adapter_names: Collection[str], modules_to_save: Collection[str]) -> None:
-    """Refuse names of adapters that PEFT would take for a part of the name of a tensor in `modules_to_save`."""
+    """Refuse adapter names that PEFT would mistake for a part of a tensor's name in `modules_to_save`."""
     for target in modules_to_save:
         for name in adapter_names:
             if f"{HiraLayer.other_param_names[1]}.{name}".endswith(target):
@@ -48,8 +48,8 @@ def check_saved_modules(model: nn.Module, adapter_names: Collection[str], module
                 )
     for path, module in _saved_modules(model, modules_to_save):
         for name in adapter_names:
-            # PEFT takes the name of the adapter that it saves away from the ends of keys, and drops the keys that
-            # have another adapter's name in them
+            # PEFT removes the name of the adapter that it saves from the ends of keys, and drops keys that contain
+            # another adapter's name
             within = _parts(module) | {"modules_to_save"}
             if name in (within | set(path.split(".")) if len(adapter_names) > 1 else within):
                 raise HiraError(

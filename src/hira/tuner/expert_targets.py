@@ -1,4 +1,4 @@
-"""Targets that name experts and routers as the modules that transformers 4 had, and that are parameters now."""
+"""Targets that name experts and routers as modules, which they were in transformers 4, and which are parameters now."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.files.model.architecture import Architecture
 
-# by a parameter's name, for each module that it holds the weights of, the names by which that may be targeted
+# by the name of a parameter: for each module whose weights it holds, the names by which that module may be targeted
 OldNames = Mapping[str, list[tuple[str, ...]]]
 
 
 def target_experts(model: nn.Module, config: Any) -> None:
-    """Have a configuration target parameters where its `target_modules` name modules that they were, as PEFT's LoRA.
+    """Make a configuration target parameters where its `target_modules` name the modules of transformers 4, as in LoRA.
 
-    A parameter that holds the weights of several modules, as gate_up_proj, gets the sum of their ranks.
+    A parameter that holds the weights of several modules, such as gate_up_proj, gets the sum of their ranks.
 
     Args:
         model: the model to adapt.
@@ -62,15 +62,15 @@ def target_experts(model: nn.Module, config: Any) -> None:
         patterns |= {re.escape(short if same else name): rank for name, rank in of_short.items() if rank != config.r}
     config.rank_pattern = {**(config.rank_pattern or {}), **patterns}
     config.target_parameters = sorted({*(config.target_parameters or ()), *names.values()})
-    # of which a checkpoint may have nothing: see `state_dicts.fit_to_checkpoint`
+    # a checkpoint may have no factors for them: see `state_dicts.fit_to_checkpoint`
     config.parameters_of_modules = set(names.values())
 
 
 def _old_names(base: nn.Module) -> OldNames:
-    """What the parameters of experts and of their routers were, before they were parameters."""
+    """The former modules of the parameters of experts and of their routers."""
     shapes = {_plain(name): parameter.shape for name, parameter in base.named_parameters()}
     found: dict[str, list[tuple[str, ...]]] = {}
-    experts: dict[str, int] = {}  # how many, by the module that holds them and their router
+    experts: dict[str, int] = {}  # the number of experts, by the module that holds them and their router
     for name, modules in Architecture(base).experts().items():
         container = name.rpartition(".")[0]
         found[name] = [(f"{container}.{module}", f"{container}.0.{module}") for module in modules]
@@ -95,7 +95,7 @@ def _is_targeted(config: Any, path: str) -> bool:
 
 
 def _short(wanted: Collection[str], old: OldNames) -> dict[str, str]:
-    """By each name that is wanted, its end where all parameters with that end are wanted, or itself."""
+    """For each wanted name its last part, if all parameters with that last part are wanted, else the name itself."""
     ends = {name: ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :]) for name in old}
     partial = {ends[name] for name in old if name not in wanted}
     return {name: name if ends[name] in partial else ends[name] for name in wanted}

@@ -20,10 +20,10 @@ from hira.tuner.transaction import unchanged_on_error
 
 
 class HiraMixedModel(MixedModel):
-    """PEFT's mixed model, that serves HiRA adapters beside its own kinds.
+    """PEFT's mixed model, with HiRA adapters beside the kinds that PEFT mixes.
 
-    What a mixed model computes is W0 with all its HiRA adapters, plus the additive updates. So HiRA merges first,
-    into W0 itself, and the other adapters add to that.
+    A mixed model computes W0 with all its HiRA adapters, plus the additive updates. So HiRA merges first, into W0
+    itself, and the other adapters add to that.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -51,12 +51,12 @@ class HiraMixedModel(MixedModel):
         _check_not_offloaded(self.model)
         others = _other_tuner_layers(self.model)
         with unchanged_on_error(self.model), _weights_back_on_error(self.model):
-            again = [(layer, list(layer.merged_adapters)) for layer in others if layer.merged]
-            for layer, _ in again:  # they add to what HiRA writes
+            remerged = [(layer, list(layer.merged_adapters)) for layer in others if layer.merged]
+            for layer, _ in remerged:  # they add to what HiRA writes
                 layer.unmerge()
             for layer in hira_layers(self.model):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            to_merge = [*again, *((layer, adapter_names) for layer in others if _merges(layer, adapter_names))]
+            to_merge = [*remerged, *((layer, adapter_names) for layer in others if _merges(layer, adapter_names))]
             bases = {id(layer.get_base_layer()) for layer, _ in to_merge}
             for layer in hira_layers(self.model):
                 layer.others_merged = id(layer.get_base_layer()) in bases
@@ -99,7 +99,7 @@ class HiraMixedModel(MixedModel):
 
 @contextmanager
 def _weights_back_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo what a safe merge of PEFT's layers, which gives parameters other data, did before it raised."""
+    """Restore the data of parameters, which a safe merge of PEFT's layers replaces, if the body raises."""
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         yield
@@ -121,10 +121,10 @@ def _other_tuner_layers(model: nn.Module) -> list[Any]:
 
 def _check_not_offloaded(model: nn.Module) -> None:
     for layer in _other_tuner_layers(model):
-        if offloaded.source(layer.get_base_layer()) is not None:
+        if offloaded.offloading_hook(layer.get_base_layer()) is not None:
             raise HiraError(
                 f"A {type(layer).__name__} of {type(layer).__module__} cannot be merged into a weight that accelerate "
-                "offloads: what it writes would be lost. Load the model without offloading and merge there."
+                "offloads: the merged weight would be lost. Load the model without offloading and merge there."
             )
 
 

@@ -33,7 +33,7 @@ from hira.tuner.transaction import unchanged_on_error
 
 STOCK_PACKAGE = "peft.tuners.hira"
 _EXPAND = "_expand_inputs_for_generation"
-# the adapters' names by the number of rows, of the call of the model in this context
+# for the model's call in this context: the names of adapters, by the number of rows
 _rows_of_call: ContextVar[dict[int, list[str]] | None] = ContextVar("rows_of_call", default=None)
 _lock = threading.Lock()
 
@@ -76,10 +76,10 @@ class HiraModel(BaseTuner):
             with reporting_unmatched(model, config, kwargs.get("state_dict")):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             offloaded.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
-        offloaded.enter_adapters(model, HiraLayer, self.prefix)
+        offloaded.add_to_device_map(model, HiraLayer, self.prefix)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        """As PEFT's, but an architecture without default modules needs none where parameters are targeted."""
+        """Choose target modules as PEFT does; where parameters are targeted, the architecture needs no default."""
         model_type = getattr(model_config, "get", lambda name: None)("model_type")
         if peft_config.target_modules is None and self.target_module_mapping.get(model_type) is None:
             if _target_parameters(peft_config):
@@ -93,11 +93,11 @@ class HiraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(hira_config: Any, key: str) -> Any:
-        """As PEFT's, but wrappers around modules, such as torch.compile's, are no part of a name."""
+        """Match as PEFT does, on names without the parts that wrappers such as torch.compile's add."""
         return BaseTuner._check_target_module_exists(hira_config, plain_name(key))
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        """Refuse an adapter on other parameters than another's: the nesting of wrappers is in a checkpoint's keys."""
+        """Refuse other target parameters than another adapter's, since a checkpoint's keys show how wrappers nest."""
         super()._check_new_adapter_config(config)
         names = _target_parameters(config)
         for other_name, other in self.peft_config.items():
@@ -125,7 +125,7 @@ class HiraModel(BaseTuner):
         r = rank_of(hira_config, current_key)
         found = _hira_layer_in(target)
         if found is not None and found.parameter_name == parameter_name:
-            # attention's output may have been adapted with the attention
+            # attention adapts its output layer too
             if adapter_name not in found._get_available_adapters():
                 found.update_layer(adapter_name, r, config=hira_config)
             return
@@ -144,7 +144,7 @@ class HiraModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, HiraLayer) or isinstance(new_module, HiraLayer):
-            # adapters are where they belong; PEFT looks for a weight, which need not be there, to move them to
+            # adapters are on their device already; PEFT would look for a weight, which may be missing, to place them
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -164,7 +164,7 @@ class HiraModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training mode, or to evaluation; a HiraError if no adapter could be trained where it is."""
+        """Switch to training or evaluation; raise a HiraError if the adapters are where they cannot be trained."""
         if mode and any(parameter.is_meta for parameter in self.model.parameters() if parameter.requires_grad):
             offloaded.check_blocks(self.model, HiraLayer, "Adapters cannot be trained")
         return super().train(mode)
@@ -203,7 +203,7 @@ class HiraModel(BaseTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        """Tied weights need no warning: a merge gives the layer a weight of its own (`base_weights.dense`)."""
+        """Warn of nothing: a merge gives a layer with a tied weight a weight of its own (`base_weights.dense`)."""
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_known(adapter_names or [])
@@ -227,7 +227,7 @@ class HiraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, which PEFT keeps from the model's own forward, to every HiRA layer."""
+        """Pass `adapter_names`, which PEFT does not pass to the model's own forward, to every HiRA layer."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -264,7 +264,7 @@ class HiraModel(BaseTuner):
     # Checkpoints
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module; offloaded embeddings are brought in if they are targeted, as PEFT then saves them too."""
+        """The model's state dict; targeted embeddings that are offloaded are loaded, since PEFT saves them too."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         targets = [config.target_modules or () for config in self.peft_config.values()]  # names, or a pattern
         if any(name in names for name in EMBEDDING_LAYER_NAMES for names in targets):
@@ -273,7 +273,7 @@ class HiraModel(BaseTuner):
                     stack.enter_context(merging.holding_W0(layer))
                 for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
                     if any(part in EMBEDDING_LAYER_NAMES for part in name.split(".")):
-                        offloaded.bring_in(state, module, f"{name}.")
+                        offloaded.load_into(state, module, f"{name}.")
         return state
 
     @classmethod
@@ -289,9 +289,9 @@ class HiraModel(BaseTuner):
                 for attribute, factors in zip(layer.factor_names, layer._factor_dicts, strict=True):
                     path = f"{unwrapped(name)}.{attribute}"
                     key = f"{path}.{adapter_name}"
-                    if key in state_dict:  # PEFT does not look through FSDP's wrappers around parts of the model
+                    if key in state_dict:  # PEFT does not find it under FSDP's wrappers
                         found[key] = state_dict[key]
-                    elif any(f".{other}." in key for other in others):  # a module's name, which PEFT takes for theirs
+                    elif any(f".{other}." in key for other in others):  # PEFT mistakes a module's name for an adapter's
                         found[key] = layer._factor(factors, adapter_name).detach()
                     for other in others:
                         found.pop(f"{path}.{other}", None)
@@ -312,7 +312,7 @@ class HiraModel(BaseTuner):
                 remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
         fit_to_checkpoint(model, config, adapter_name, remapped)
         remapped = scaled_by_alpha(model, adapter_name, remapped, divide=True)
-        offloaded.take(remapped, model)
+        offloaded.load_state_dict(remapped, model)
         return remapped
 
 
@@ -338,12 +338,12 @@ def hira_layers(model: nn.Module) -> list[HiraLayer]:
 
 @contextmanager
 def reporting_unmatched(model: nn.Module, config: Any, state_dict: Any = None) -> Iterator[None]:
-    """Warn of names in a list of `target_modules` that are those of no module, after the body added the adapter."""
+    """Warn of names in a list of `target_modules` that match no module, once the body has added the adapter."""
     given = not isinstance(config.target_modules, str | None) and state_dict is None
     names = [plain_name(name) for name, _ in model.named_modules()] if given else []
     paths = [f".{name}".replace(".base_layer", "") for name in names]
     yield
-    if given and not isinstance(config.target_modules, str | None):  # PEFT may have written other names for them
+    if given and not isinstance(config.target_modules, str | None):  # PEFT may have replaced the names
         unmatched = [name for name in config.target_modules if not any(path.endswith(f".{name}") for path in paths)]
         if unmatched:
             warnings.warn(
@@ -355,7 +355,7 @@ def reporting_unmatched(model: nn.Module, config: Any, state_dict: Any = None) -
 
 
 def check_new_name(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
-    """Refuse a name that an adapter cannot have, or has already, and a model with layers of PEFT's own HiRA."""
+    """Refuse a name that is invalid or taken, and a model with layers of PEFT's own HiRA."""
     check_name(adapter_name)
     check_saved_modules(model, configs, getattr(configs[adapter_name], "modules_to_save", None) or ())
     for name, module in model.named_modules():
@@ -370,7 +370,7 @@ def check_new_name(model: nn.Module, adapter_name: str, configs: dict[str, Any])
 
 
 def _hira_layer_in(target: nn.Module) -> HiraLayer | None:
-    """The HiRA layer that a module is, or that is inside it where it is another tuner's layer, as in a mixed model."""
+    """A module that is a HiRA layer, or the HiRA layer in another tuner's layer, as in a mixed model; else None."""
     layer: Any = target
     while isinstance(layer, BaseTunerLayer) and not isinstance(layer, HiraLayer):
         layer = layer.base_layer
@@ -378,16 +378,16 @@ def _hira_layer_in(target: nn.Module) -> HiraLayer | None:
 
 
 def _reads_weights(parent: nn.Module) -> bool:
-    """Whether a module multiplies by its children's weights itself: torch's attention and encoder, state spaces."""
+    """Whether a module multiplies by its children's weights itself, as torch's attention and encoder and Mamba do."""
     return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) or hasattr(parent, "A_log")
 
 
 class _Expansion:
-    """A model's `_expand_inputs_for_generation`, while calls of generate() with `adapter_names` run in any thread.
+    """A model's `_expand_inputs_for_generation` while a thread runs generate() with `adapter_names`.
 
     Args:
-        expand: the model's own, which makes several rows of each sample.
-        before: what the instance had in its place; None where it is the class's.
+        expand: the model's own method, which repeats each sample.
+        before: the instance's own attribute; None where the method is the class's.
     """
 
     def __init__(self, expand: Callable[..., Any], before: Any) -> None:
@@ -403,7 +403,7 @@ class _Expansion:
 
 @contextmanager
 def _names_repeated_by_generate(model: nn.Module) -> Iterator[None]:
-    """Add the names of the rows that generate() makes of each sample, one for each beam or returned sequence."""
+    """Repeat the names of adapters where generate() repeats samples, for beams or several returned sequences."""
     model = getattr(model, "_orig_mod", model)
     expand = getattr(model, _EXPAND, None)
     if expand is None:
@@ -429,9 +429,9 @@ def _names_repeated_by_generate(model: nn.Module) -> Iterator[None]:
 def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], by_rows: dict[int, list[str]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand a layer the names for as many rows as it got: an encoder gets the samples, a decoder what they became."""
+    """Pass a layer a name for each row: an encoder gets each sample once, a decoder the repeated samples."""
     of_call = _rows_of_call.get()
-    if of_call is not None and of_call is not by_rows:  # the call of another thread, whose hook is here too
+    if of_call is not None and of_call is not by_rows:  # this is another thread's hook
         return args, kwargs
     rows = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0)
     return args, {**kwargs, "adapter_names": by_rows.get(rows, next(iter(by_rows.values())))}

@@ -1,4 +1,4 @@
-"""What a state dict has to be like to be saved as an adapter's, or loaded as one, and the names in it."""
+"""Names in the state dicts of adapters, and the checks before such a state dict is saved or loaded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
 def unwrapped(name: str) -> str:
-    """A module's name without those of wrappers that take themselves out of state dicts."""
+    """A module's name without the parts of wrappers that are absent from state dicts."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def saving(get_state_dict: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """`get_peft_model_state_dict`, that leaves wrappers such as torch.compile's out of the names of HiRA's tensors."""
+    """Make `get_peft_model_state_dict` leave wrappers such as torch.compile's out of the names of HiRA's tensors."""
 
     @functools.wraps(get_state_dict)
     def wrapper(
@@ -49,7 +49,7 @@ def saving(get_state_dict: Callable[..., dict[str, Tensor]]) -> Callable[..., di
 
 
 def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """`set_peft_model_state_dict`, that finds HiRA's tensors under names of another layout of the model."""
+    """Make `set_peft_model_state_dict` find HiRA's tensors under the names of another layout of the model."""
 
     @functools.wraps(set_state_dict)
     def wrapper(
@@ -73,7 +73,7 @@ def _is_hira(model: Any, adapter_name: str) -> bool:
 
 
 def _module_names(model: nn.Module) -> dict[str, str]:
-    """The names of a model's modules in its state dict, by their names without those of wrappers around modules."""
+    """The names of a model's modules in its state dict, by their names without the parts of wrappers."""
     plain: dict[str, str] = {}
     wrappers: set[str] = set()
     found = {}
@@ -89,7 +89,7 @@ def _module_names(model: nn.Module) -> dict[str, str]:
 
 
 def _replaced(key: str, names: Mapping[str, str]) -> str:
-    """A key under another name of the innermost module that it has a name for."""
+    """A key whose innermost known module is renamed."""
     module, rest = key, ""
     while module and module not in names:
         module, _, last = module.rpartition(".")
@@ -98,7 +98,7 @@ def _replaced(key: str, names: Mapping[str, str]) -> str:
 
 
 def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names of a model's modules, as they are now and with wrappers around them."""
+    """A checkpoint's tensors under the present names of a model's modules, with the parts of their wrappers."""
     names = _module_names(model)
     has_prefix = PREFIX.removesuffix(".") in names
     tensors: dict[str, Tensor] = {}
@@ -106,7 +106,7 @@ def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         plain = plain_name(key)
         if not has_prefix:
             plain = plain.removeprefix(PREFIX)
-        without = plain.replace(f"{PREFIX}module.", PREFIX, 1)  # which DDP had around the base model
+        without = plain.replace(f"{PREFIX}module.", PREFIX, 1)  # DDP was around the base model
         if plain.rpartition(".")[0] not in names and without.rpartition(".")[0] in names:
             plain = without
         if plain in tensors:
@@ -117,9 +117,9 @@ def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
 
 def _converted(model: Any, tensors: dict[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
-    """Tensors under the names that transformers has for the modules now, where a model lacks those that they have.
+    """Tensors under the names that transformers has now, where the model has no modules of their own names.
 
-    Experts that were modules are one parameter now, on which there is a ParamWrapper; their factors are joined.
+    Experts that were modules are one parameter now, which a ParamWrapper adapts; their factors are joined.
     """
     unknown: dict[str, str] = {}  # keys without the last part, by the name of a weight
     for key in tensors:
@@ -139,20 +139,20 @@ def _converted(model: Any, tensors: dict[str, Tensor], names: Mapping[str, str],
     for name, location in Architecture(base).locate(unknown).items():
         if location is None:
             continue
-        modules = [[unknown[weight] for weight in each] for each in location.tensors]
+        modules = [[unknown[weight] for weight in weights] for weights in location.tensors]
         if not location.stacked:
             new = prefix + name.removesuffix(".weight")
             for key in [key for key in tensors if key.rpartition(".")[0] == modules[0][0]]:
                 converted[f"{new}.{key.rpartition('.')[2]}"] = converted.pop(key)
         elif prefix + name in wrappers:
-            keys = [[(f"{module}.hira_A", f"{module}.hira_B") for module in each] for each in modules]
-            absent = [key for each in keys for pair in each for key in pair if key not in converted]
+            keys = [[(f"{module}.hira_A", f"{module}.hira_B") for module in group] for group in modules]
+            absent = [key for group in keys for pair in group for key in pair if key not in converted]
             if absent:
                 raise HiraError(
                     f"The checkpoint lacks {', '.join(absent[:5])}, of experts that {name} holds. Nothing was loaded: "
                     "the file is not complete, copy or download it again."
                 )
-            pairs = [[(converted.pop(A), converted.pop(B)) for A, B in each] for each in keys]
+            pairs = [[(converted.pop(A), converted.pop(B)) for A, B in group] for group in keys]
             joined = stacked(name, pairs)
             for factor, value in zip(("hira_A", "hira_B"), joined, strict=True):
                 converted[f"{wrappers[prefix + name]}.{factor}"] = value
@@ -160,11 +160,11 @@ def _converted(model: Any, tensors: dict[str, Tensor], names: Mapping[str, str],
 
 
 def check_whole(state_dict: dict[str, Tensor]) -> None:
-    """Refuse to save what other processes have parts of."""
+    """Refuse to save tensors of which other processes hold a part."""
     for key, value in state_dict.items():
         if is_dtensor(value) or value.numel() == 0:
             raise HiraError(
-                f"{key} is spread over processes: here it is a {type(value).__name__} of shape {tuple(value.shape)}. "
+                f"{key} is sharded over processes: here it is a {type(value).__name__} of shape {tuple(value.shape)}. "
                 "Gather the state dict first, with accelerator.get_state_dict(model), Trainer.save_model or "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, and pass it "
                 "as state_dict to save_pretrained or get_peft_model_state_dict."
@@ -189,10 +189,10 @@ def scaled_by_alpha(
 
 
 def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint that does not fit the adapter, before a value of it is loaded.
+    """Refuse a checkpoint that does not fit the adapter, before any value is loaded.
 
     PEFT up to 0.21 ignores `rank_pattern` for a model's first adapter, so a file may hold tensors of rank r where the
-    pattern has another: there the file's rank wins.
+    pattern has another. There the adapter gets the file's rank.
     """
     _drop_absent_experts(model, config, adapter_name, state_dict)
     problems: list[str] = []
@@ -229,9 +229,9 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
 
 
 def _drop_absent_experts(model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Take an adapter away from experts that its configuration names as modules, where the checkpoint has none of them.
+    """Delete an adapter from experts that its configuration names as modules, where the checkpoint has none of them.
 
-    So it is in one that was made where such names found the linear layers alone.
+    A checkpoint has none if it was made where such names matched linear layers alone.
     """
     derived = getattr(config, "parameters_of_modules", ())
     wrappers = {

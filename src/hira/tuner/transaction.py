@@ -1,4 +1,4 @@
-"""All or nothing: puts a model's modules back as they were when a change to them fails."""
+"""Restores the structure of a model when a change to it fails."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hira.base_weights import offloaded
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = lambda model: True) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], object] = lambda model: True) -> Iterator[None]:
     """Undo what the body did to a model's structure if the body raises.
 
-    What is put back: which modules, parameters and buffers every module has, its other attributes, the contents of
-    those that are dicts, lists or sets, those of accelerate's hooks on it, and which parameters require gradients. The
-    values of tensors are not: the body has to check before it writes any.
+    Every module gets back its modules, parameters, buffers and other attributes, the contents of those that are dicts,
+    lists or sets, and the attributes of accelerate's hooks on it; parameters get back whether they require gradients.
+    The values of tensors are not restored, so the body has to check before it writes any.
 
     Args:
         model: the model.
-        only_if: asked with the model after an error; False leaves it as the body left it.
+        only_if: called with the model after an error; where its result is false, nothing is undone.
     """
     containers = [(container, _items(container)) for container in _containers(model)]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -30,31 +30,25 @@ def unchanged_on_error(model: nn.Module, only_if: Callable[[nn.Module], bool] = 
     except BaseException:
         if only_if(model):
             for container, content in containers:
-                if _same(_items(container), content):
-                    continue
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+                if not _same(_items(container), content):
+                    container.clear()
+                    restore = container.extend if isinstance(container, list) else container.update
+                    restore(content if isinstance(container, dict) else [item for item, _ in content])
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
         raise
 
 
-def _items(container: Any) -> list[Any]:
-    """What a dict, list or set contains, past the class of a dict: reading ZeRO-3's gathers parameters."""
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a dict, a list or a set. `dict.__getitem__` is used because ZeRO-3 gathers what is read."""
     if isinstance(container, dict):
         return [(key, dict.__getitem__(container, key)) for key in container]
-    return list(container)
+    return [(item, item) for item in container]
 
 
-def _same(now: list[Any], before: list[Any]) -> bool:
-    """Whether the items of a container are those it had, in their order."""
-    return len(now) == len(before) and all(_same_item(*items) for items in zip(now, before, strict=True))
-
-
-def _same_item(new: Any, old: Any) -> bool:
-    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old) == 2:  # of a dict
-        return new[0] is old[0] and new[1] is old[1]
-    return new is old
+def _same(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> bool:
+    """Whether items are the same objects in the same order."""
+    return [(id(key), id(value)) for key, value in now] == [(id(key), id(value)) for key, value in before]
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:
