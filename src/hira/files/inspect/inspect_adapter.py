@@ -204,12 +204,11 @@ def inspect_layer(
     over the blocks: exact but for an absolute error of about ``1e-8 s_1``, which is below what float32 leaves of them.
 
     Args:
-        W0: the weight as it is stored, (out, in, *kernel), (num_embeddings, dim), or for a linear layer (in, out); or
-            None.
+        W0: the weight as it is stored, (out, in, *kernel), (num_embeddings, dim), or for a linear layer (in, out).
         A: (r, in, *kernel), or (r, num_embeddings).
         B: (out, r, 1, ...), or (dim, r).
-        kind: what the module is.
-        name: its name, for messages and the report.
+        kind: the kind of the module.
+        name: its name.
         fan_in_fan_out: whether a square weight of a linear layer is stored as (in, out).
         spectra: whether to find the singular values of W0 and of U.
         top: how many singular values to keep.

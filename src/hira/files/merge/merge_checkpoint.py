@@ -51,7 +51,7 @@ class MergeReport:
         tensors: the number of all tensors.
         shards: the sizes of the files of weights, by name.
         resumed: those that an interrupted merge had finished.
-        skipped: the base model's files that do not come along, with the reasons.
+        skipped: the base model's files that are not copied, with the reasons.
         notes: what there is to know about the merged model.
         nbytes: the size of the merged model.
         free_bytes: what was free on its disk before.
@@ -94,7 +94,7 @@ def merge_checkpoint(
     Equation: ``W' = W0 * (1 + sum_i w_i B_i A_i)``, for all weights that the adapters are on.
 
     Tensors are read, formed and written a block at a time, W' by the function by which the layers form it: the files
-    have what `merge_and_unload` gives, bit for bit. All else comes along: other tensors as bytes, the layout of shards,
+    have what `merge_and_unload` gives, bit for bit. All else is copied: other tensors as bytes, the layout of shards,
     configuration, tokenizer, and code. The folder is there whole or not at all, and a merge that was interrupted goes
     on with the files that it had finished when it is called again. A thread of the process that uses PyTorch for the
     first time during a merge may be given one of PyTorch's threads only.
@@ -212,7 +212,7 @@ def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -
 
 
 def _left_out(model: ModelFolder) -> dict[str, str]:
-    """The files that do not come along, with the reasons."""
+    """The files that are not copied, with the reasons."""
     if {CARD, BASE_CARD} <= set(model.other_files):
         return {**model.skipped, BASE_CARD: "the base model's own card takes its name"}
     return model.skipped

@@ -15,7 +15,7 @@ from hira.errors import HiraError
 from hira.files.io.adapter_folder import FLOATS, TensorFile
 from hira.files.io.model_card import dtype_name
 from hira.files.io.recognise import SINGLE
-from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, in_safetensors_order
+from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, safetensors_order
 from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, copied_parts, merged_parts
 from hira.files.model.parameters import IN_MEMORY, Parameters, matrices_of
 from hira.files.model.quantisation import REAL
@@ -133,27 +133,23 @@ def _shards(parameters: Parameters, changes: Changes, found: _Tensors, options: 
     shards = []
     for name, header in folder.shards.items():
         tensors = [found.changed.get(e.name) or found.unchanged(e.name, header, e) for e in header.entries.values()]
-        same = all(tensor.copied for tensor in tensors) and not prefix
-        shards.append(Shard(name, tuple(_prefixed(tensors, prefix)), header.metadata, header if same else None))
+        source = header if all(tensor.copied for tensor in tensors) and not prefix else None
+        tensors = [tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors]
+        shards.append(Shard(name, tuple(tensors), header.metadata, source))
     if found.added:
         last = shards[-1]
         shards[-1] = Shard(last.name, (*last.tensors, *found.added.values()), last.metadata)
     if options.max_shard_size is not None:
         shards = _of_size([tensor for shard in shards for tensor in shard.tensors], shards[0], options.max_shard_size)
-    return tuple(shard if shard.source is not None else replace(shard, tensors=_ordered(shard)) for shard in shards)
+    return tuple(shard if shard.source is not None else _in_order(shard) for shard in shards)
 
 
-def _prefixed(tensors: list[PlannedTensor], prefix: str) -> list[PlannedTensor]:
-    return [tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors]
-
-
-def _ordered(shard: Shard) -> tuple[PlannedTensor, ...]:
-    by_name = {tensor.entry.name: tensor for tensor in shard.tensors}
-    return tuple(by_name[entry.name] for entry in in_safetensors_order(tensor.entry for tensor in shard.tensors))
+def _in_order(shard: Shard) -> Shard:
+    return replace(shard, tensors=tuple(sorted(shard.tensors, key=lambda tensor: safetensors_order(tensor.entry))))
 
 
 def _of_size(tensors: list[PlannedTensor], first: Shard, limit: int) -> list[Shard]:
-    """Files of at most some bytes, where single tensors allow it, with the tensors in their order."""
+    """Files of at most so many bytes, or of a single tensor."""
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
