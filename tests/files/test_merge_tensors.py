@@ -11,14 +11,12 @@ import torch
 
 from hira.files.merge.tensors import Workers
 from hira.ops import heuristics
-from hira.ops.workspace import scratch
 
 
 def part(number: int, delay: float = 0.0) -> memoryview:
-    """Some bytes in the memory that the thread's next part overwrites."""
+    """Some bytes, after some seconds."""
     time.sleep(delay)
-    memory = scratch.take(8, torch.uint8)[:8]
-    return memory.fill_(number).numpy().data
+    return memoryview(bytes([number]) * 8)
 
 
 def test_parts_keep_their_order_and_their_bytes_until_the_next():

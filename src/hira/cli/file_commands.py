@@ -59,7 +59,7 @@ def merge(
             metavar="SIZE", help="The largest file to write, such as 5GB; by default the base model's files are kept."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
@@ -154,13 +154,13 @@ def inspect(
         Path | None, typer.Option(metavar="FILE.png", help="Draw a map of the layers to this file.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page with a map and spectra to this file.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with all numbers and spectra to this file.")
     ] = None,
     spectra: Annotated[bool, typer.Option(help="Compute the singular values of W0 and of the update.")] = True,
     any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
+    """Show the size, the ranks and the spectra of an adapter's update, layer by layer."""
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
     for option, path in (("--plot", plot), ("--html", html)):
@@ -214,7 +214,7 @@ def _failing() -> Iterator[None]:
 
 
 def _say(line: str, error: bool = False, width: int | None = None) -> None:
-    """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
+    """Print a line, broken between words for a width, without the control characters of names from files."""
     from hira.files.io.printable import printable
 
     shown = printable(line)
@@ -225,7 +225,7 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, with bytes, their rate and the time that is left."""
+    """A progress bar on the terminal, with bytes, their rate and the remaining time."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -236,7 +236,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _merged(report: MergeReport) -> Iterator[str]:
-    """What a merge did, or would do, in lines."""
+    """The report of a merge, in lines."""
     size = f"{report.nbytes / 1e9:.3g} GB in {len(report.shards)} {'file' if len(report.shards) == 1 else 'files'}"
     done = f"{size} would be written, {report.free_bytes / 1e9:.3g} GB are free"
     if not report.dry_run:
@@ -253,7 +253,7 @@ def _merged(report: MergeReport) -> Iterator[str]:
 
 
 def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
-    """What a LoRA lost of each module, and of all."""
+    """A table of the relative errors of a LoRA."""
     from hira.files.io.printable import printable
 
     table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)

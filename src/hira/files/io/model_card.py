@@ -1,4 +1,4 @@
-"""The card of a folder that hira wrote: a README.md that says what it was made of, and how."""
+"""The model card of a folder that hira wrote: a README.md with its sources and the command that made it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def card(
     Args:
         title: its heading.
         text: its paragraphs.
-        facts: rows of a table, by what they tell; names in them are `quoted`.
+        facts: the rows of a table; names in them are `quoted`.
         command: the arguments of the command that makes the folder again.
         base: the name of the base model, for the hub if it has an owner.
         tags: for the hub.
@@ -59,7 +59,7 @@ def card(
 
 
 def quoted(name: str) -> str:
-    """A name that Markdown takes for nothing else."""
+    """A name as code in Markdown, with nothing in it that Markdown interprets."""
     return "`" + printable(json.dumps(name)).replace("`", "\\u0060").replace("|", "\\u007c") + "`"
 
 

@@ -1,4 +1,4 @@
-"""Merging adapters into a model on a disk: no weight is in memory for longer than a block of it."""
+"""Merging adapters into a model on a disk, a block of a weight at a time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MergeReport:
         shards: the sizes of the files of weights, by name.
         resumed: those that an interrupted merge had finished.
         skipped: the base model's files that are not copied, with the reasons.
-        notes: what there is to know about the merged model.
+        notes: what a user should know about the merged model.
         nbytes: the size of the merged model.
         free_bytes: what was free on its disk before.
         seconds: how long it took.
@@ -164,7 +164,7 @@ def merge_checkpoint(
         sum(len(shard.tensors) for shard in plan.shards),
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
-        _left_out(model),
+        model.skipped,
         (*notes, *plan.notes),
         plan.nbytes + others,
         free,
@@ -198,7 +198,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
 
 
 def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -> None:
-    """Write what is beside the weights."""
+    """Write the other files of the model."""
     if plan.index is not None:
         output.write(INDEX, _json(plan.index))
     for name in model.other_files:
@@ -209,13 +209,6 @@ def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -
         elif name != BASE_CARD or CARD not in model.other_files:
             output.copy(model.file(name), name)
     output.write(CARD, text)
-
-
-def _left_out(model: ModelFolder) -> dict[str, str]:
-    """The files that are not copied, with the reasons."""
-    if {CARD, BASE_CARD} <= set(model.other_files):
-        return {**model.skipped, BASE_CARD: "the base model's own card takes its name"}
-    return model.skipped
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -250,7 +243,7 @@ def _card(
 
 
 def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> str:
-    """A hash of all that the files of weights depend on; of files with tensors it takes sizes and times."""
+    """A hash of everything that the files of weights depend on; of files with tensors, of their sizes and times."""
     facts: list[Any] = [
         *map(version, ("hira", "transformers", "torch")),
         [*weights],
@@ -268,7 +261,7 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
 
 
 def _rounding_of_products() -> list[Any]:
-    """What decides how PyTorch and its libraries split and round a product: processor, threads and settings."""
+    """The processor, threads and settings, by which PyTorch and its libraries split and round a product."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on, as are the processor's capabilities
     return [
         torch.get_num_threads(),

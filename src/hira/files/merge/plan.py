@@ -1,4 +1,4 @@
-"""What a merged model will consist of: the tensors of each file, what their bytes are made of, and its config."""
+"""The plan of a merged model: the tensors of each file, the parts that make their bytes, and its configuration."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _of_size(tensors: list[PlannedTensor], first: Shard, limit: int) -> list[Sha
 
 
 def _index(parameters: Parameters, shards: tuple[Shard, ...]) -> dict[str, Any] | None:
-    """The index of the shards, with what the base model's says of it as a whole."""
+    """The index of the shards, with the metadata of the base model's."""
     if [shard.name for shard in shards] == [SINGLE]:
         return None
     before = [entry for header in parameters.folder.shards.values() for entry in header.entries.values()]
@@ -198,7 +198,7 @@ def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[
 
 
 def _set(config: dict[str, Any], key: str, values: Mapping[Any, Any]) -> None:
-    """Exchange values of a key, in the configurations of parts of a model too."""
+    """Replace values of a key, in the configurations of parts of a model too."""
     if isinstance(config.get(key), str | int) and config[key] in values:
         config[key] = values[config[key]]
     for part in config.values():
@@ -342,7 +342,7 @@ class _Tensors:
         return None if rounding is None else rounding == "dither"
 
     def _check_ties(self) -> None:
-        """Refuse to change embeddings, or the head, that may be tied in a way that nothing here tells."""
+        """Refuse to change embeddings, or the head, that may be tied, if the architecture is unknown."""
         parameters, config = self._parameters, self._parameters.config
         if parameters.is_known or not config.get("tie_word_embeddings", bool(config)):  # true is transformers' default
             return
@@ -390,7 +390,7 @@ class _Tensors:
             )
 
     def _name_of_new(self, name: str) -> str:
-        """The name in the files of a parameter that they lack, once it is sure to be found there."""
+        """The name in the files for a parameter that they lack; a HiraError if a model would not find it there."""
         if self._parameters.name_of(name) != name:
             raise HiraError(
                 f"{name} has to be written, but the files of {self._parameters.folder.path} name their tensors "

@@ -23,7 +23,7 @@ from hira.ops.workspace import Workspace
 # bytes of a tensor that are copied or converted at a time
 _PART = 16 << 20
 
-# A part makes some bytes of a tensor. The next part of the same thread may overwrite them.
+# A part makes some bytes of a tensor. W' is in memory of the thread, which its next part overwrites.
 Part = Callable[[], memoryview]
 
 

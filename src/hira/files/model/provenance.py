@@ -50,7 +50,7 @@ def check_base(model: ModelFolder, adapter: Adapter, any_base: bool = False) -> 
         any_base: report a contradiction instead of raising.
 
     Returns:
-        Notes: a contradiction that was let pass, or why it is not known whether the model is the right one.
+        Notes: a contradiction that `any_base` allows, or why it is not known whether the model is the right one.
 
     Raises:
         HiraError: the model is certainly another one, or has the adapter in its weights already.
@@ -88,7 +88,7 @@ def _compare(model: ModelFolder, adapter: Adapter) -> tuple[bool, str]:
     if same is False:
         trained = f"the adapter {adapter.path} was trained on {named}"
         return True, f"{trained}, and the weights of {path} are others: it is another model"
-    if not same and not _alike(named, str(path)) and _said(path) != named:
+    if not same and not _alike(named, str(path)) and _loaded_from(path) != named:
         return False, f"{unknown} its configuration names {named!r}, and nothing here says that this model is that one"
     if here and wanted and here.lower() != wanted.lower():
         return False, f"{unknown} it was trained on {wanted}, which is another repository than {here}"
@@ -97,7 +97,7 @@ def _compare(model: ModelFolder, adapter: Adapter) -> tuple[bool, str]:
     return False, ""
 
 
-def _said(path: Path) -> object:
+def _loaded_from(path: Path) -> object:
     """What a model's configuration says that it was loaded from."""
     config = path / "config.json"
     return read_object(inside(path, config.name)).get("_name_or_path") if os.path.lexists(config) else None
