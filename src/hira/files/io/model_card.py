@@ -25,19 +25,16 @@ def card(
     tags: Sequence[str] = (),
     library: str = "transformers",
 ) -> bytes:
-    """Write a card.
+    """Return a card, with a header that the hub reads, and with the versions of the libraries that made the folder.
 
     Args:
         title: its heading.
         text: its paragraphs.
         facts: the rows of a table; names in them are `quoted`.
         command: the arguments of the command that makes the folder again.
-        base: the name of the base model, for the hub if it has an owner.
-        tags: for the hub.
-        library: what loads the folder, for the hub.
-
-    Returns:
-        The card, with a header that the hub reads, and with the versions of what made the folder.
+        base: the name of the base model, which the header has if it has an owner.
+        tags: for the header.
+        library: what loads the folder, for the header.
     """
     header = [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII) else []
     header += [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]

@@ -182,7 +182,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
             else:
                 size, before = shard.size, shard.size - shard.nbytes
                 with output.create(shard.name) as file:
-                    for data in workers.made(shard.parts()):
+                    for data in workers.results(shard.parts()):
                         file.write(data)
                         if progress is not None:
                             progress(done + max(file.size - before, 0), plan.nbytes)
