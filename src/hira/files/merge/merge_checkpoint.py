@@ -24,7 +24,7 @@ from hira.files.io.model_card import CARD, card, dtype_name, quoted
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
-from hira.files.merge.plan import Options, Plan, Rounding, plan_merge
+from hira.files.merge.plan import Options, Plan, Rounding
 from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import CONFIG, Parameters
 from hira.files.model.provenance import MERGED, check_base, merge_record
@@ -144,7 +144,7 @@ def merge_checkpoint(
         about={MERGED: merge_record(model, found)},
     )
     output.check_target()
-    plan = plan_merge(parameters, changes_of(parameters, found, factors), options)
+    plan = Plan(parameters, changes_of(parameters, found, factors), options)
     for adapter in found:
         adapter.check_finite()
     others = sum(model.file(name).stat().st_size for name in model.other_files)
@@ -158,9 +158,9 @@ def merge_checkpoint(
     return MergeReport(
         output.target,
         dry_run,
-        plan.merged,
-        plan.replaced,
-        plan.added,
+        tuple(plan.merged),
+        tuple(plan.replaced),
+        tuple(plan.added),
         sum(len(shard.tensors) for shard in plan.shards),
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
