@@ -43,8 +43,8 @@ from hira.files.io.safetensors_file import (
     TensorEntry,
     entry_of,
     header_bytes,
-    in_safetensors_order,
     read_header,
+    safetensors_order,
     tensor_bytes,
 )
 
@@ -260,7 +260,7 @@ class Model:
 
 def write_tensors(path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str], deviation: float) -> None:
     """Write normal random numbers that depend on the names of the tensors and nothing else; around 1 for norms."""
-    entries = in_safetensors_order(entries)
+    entries = sorted(entries, key=safetensors_order)
     with path.open("wb") as file:
         file.write(header_bytes(entries, metadata))
         for entry in entries:

@@ -103,10 +103,15 @@ def test_a_head_whose_file_would_name_it_otherwise(target, tmp_path):
 @pytest.mark.parametrize(
     ("make", "targets", "parameters", "found"),
     [
-        (qwen3_vl_moe, ["q_proj"], EXPERTS, r"lay model\.language_model\.layers\.0\.mlp\.experts\.\w+ out otherwise"),
-        (olmo_hybrid, ["conv1d"], None, r"lay model\.layers\.0\.linear_attn\.conv1d\.weight out otherwise"),
-        (nomic_bert, ["q_proj"], None, r"lay layers\.0\.self_attn\.q_proj\.weight out otherwise"),
-        (nomic_bert, ["k_proj", "v_proj"], None, r"lay layers\.0\.self_attn\.k_proj\.weight out otherwise"),
+        (
+            qwen3_vl_moe,
+            ["q_proj"],
+            EXPERTS,
+            r"store model\.language_model\.layers\.0\.mlp\.experts\.\w+ in another layout",
+        ),
+        (olmo_hybrid, ["conv1d"], None, r"store model\.layers\.0\.linear_attn\.conv1d\.weight in another layout"),
+        (nomic_bert, ["q_proj"], None, r"store layers\.0\.self_attn\.q_proj\.weight in another layout"),
+        (nomic_bert, ["k_proj", "v_proj"], None, r"store layers\.0\.self_attn\.k_proj\.weight in another layout"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -122,7 +127,7 @@ def test_files_that_permute_or_split_are_refused_and_merge_as_the_message_says(
 @pytest.mark.parametrize("saved", ["q_proj", "k_proj"])
 def test_parameters_brought_whole_that_such_files_have_in_parts(saved, tmp_path):
     folders = made(tmp_path, nomic_bert(), [hira_config("o_proj", modules_to_save=[saved])])
-    with pytest.raises(HiraError, match=rf"lay layers\.0\.self_attn\.{saved}\.weight out otherwise.*{IN_MEMORY}"):
+    with pytest.raises(HiraError, match=rf"store layers\.0\.self_attn\.{saved}\.weight in another layout.*{IN_MEMORY}"):
         folders.merge()
 
 
@@ -140,7 +145,7 @@ def test_experts_that_a_later_transformers_joins_otherwise(step, tmp_path, monke
         return found
 
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", mapping)
-    with pytest.raises(HiraError, match=rf"mlp\.experts\.\w+ out otherwise.*{IN_MEMORY}"):
+    with pytest.raises(HiraError, match=rf"mlp\.experts\.\w+ in another layout.*{IN_MEMORY}"):
         folders.merge()
 
 

@@ -11,21 +11,19 @@ import torch
 
 from hira.files.merge.tensors import Workers
 from hira.ops import heuristics
-from hira.ops.workspace import scratch
 
 
 def part(number: int, delay: float = 0.0) -> memoryview:
-    """Some bytes in the memory that the thread's next part overwrites."""
+    """Some bytes, after some seconds."""
     time.sleep(delay)
-    memory = scratch.take(8, torch.uint8)[:8]
-    return memory.fill_(number).numpy().data
+    return memoryview(bytes([number]) * 8)
 
 
 def test_parts_keep_their_order_and_their_bytes_until_the_next():
     parts = [partial(part, number, 0.002 * (number % 3)) for number in range(40)]
     with Workers() as workers:
         found = []
-        for data in workers.made(parts):
+        for data in workers.results(parts):
             time.sleep(0.001)  # time enough for the threads to go on, if they did
             found.append(bytes(data))
     assert found == [bytes([number]) * 8 for number in range(40)]
@@ -34,7 +32,7 @@ def test_parts_keep_their_order_and_their_bytes_until_the_next():
 def test_two_threads_make_them():
     seen = []
     with Workers() as workers:
-        list(workers.made([lambda: seen.append(threading.get_ident()) or memoryview(b"")] * 6))
+        list(workers.results([lambda: seen.append(threading.get_ident()) or memoryview(b"")] * 6))
     assert len(set(seen)) == 2 and threading.get_ident() not in seen
 
 
@@ -43,7 +41,7 @@ def test_an_error_arrives_at_its_part():
         raise ValueError("the third")
 
     with Workers() as workers:
-        made = workers.made([partial(part, 1), partial(part, 2), fails, partial(part, 4)])
+        made = workers.results([partial(part, 1), partial(part, 2), fails, partial(part, 4)])
         assert [bytes(next(made))[0], bytes(next(made))[0]] == [1, 2]
         with pytest.raises(ValueError, match="the third"):
             next(made)
@@ -51,7 +49,7 @@ def test_an_error_arrives_at_its_part():
 
 def test_no_parts():
     with Workers() as workers:
-        assert list(workers.made([])) == []
+        assert list(workers.results([])) == []
 
 
 @pytest.fixture
@@ -71,5 +69,5 @@ def test_products_get_the_callers_number_of_threads(two_threads):
             return memoryview(bytes([count, torch.get_num_threads()]))
 
     with Workers() as workers, heuristics.one_thread():
-        assert [bytes(data) for data in workers.made([counted] * 6)] == [bytes([2, 1])] * 6
+        assert [bytes(data) for data in workers.results([counted] * 6)] == [bytes([2, 1])] * 6
     assert torch.get_num_threads() == 2

@@ -59,7 +59,7 @@ def merge(
             metavar="SIZE", help="The largest file to write, such as 5GB; by default the base model's files are kept."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
@@ -70,7 +70,7 @@ def merge(
     """
     # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _failing():
+    with _errors_as_messages():
         from hira.files.merge.merge_checkpoint import merge_checkpoint, size_in_bytes
 
         if weight and len(weight) != len(adapters):
@@ -92,8 +92,8 @@ def merge(
                 allow_pickle=allow_pickle,
                 progress=advance,
             )
-        for line in _merged(report):
-            _say(line)
+        for line in _merge_lines(report):
+            _print_line(line)
 
 
 def convert(
@@ -117,7 +117,7 @@ def convert(
 
     A LoRA cannot hold all of HiRA's update; the command prints how much each layer loses.
     """
-    with _failing():
+    with _errors_as_messages():
         from hira.files.convert.convert_adapter import contradiction, convert_adapter
 
         if (problem := contradiction(source, to, rank, base, fold)) is not None:
@@ -135,13 +135,13 @@ def convert(
             allow_pickle=allow_pickle,
         )
         for note in result.notes:
-            _say(f"note: {note}")
+            _print_line(f"note: {note}")
         if result.lora is not None:
             errors = {layer.name: layer.relative_error for layer in result.lora.layers}
-            Console().print(_losses(result.lora.rank, errors, result.lora.relative_error))
-            _say(result.lora.statement)
+            Console().print(_error_table(result.lora.rank, errors, result.lora.relative_error))
+            _print_line(result.lora.statement)
         method = "LoRA" if result.lora else "HiRA"
-        _say(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
+        _print_line(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
 
 
 def inspect(
@@ -154,19 +154,19 @@ def inspect(
         Path | None, typer.Option(metavar="FILE.png", help="Draw a map of the layers to this file.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page with a map and spectra to this file.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with all numbers and spectra to this file.")
     ] = None,
     spectra: Annotated[bool, typer.Option(help="Compute the singular values of W0 and of the update.")] = True,
     any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Show what an adapter did: size, ranks and spectra of its update, layer by layer."""
+    """Show the size, the ranks and the spectra of an adapter's update, layer by layer."""
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("matplotlib is not installed: pip install matplotlib", param_hint="--plot")
     for option, path in (("--plot", plot), ("--html", html)):
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
-    with _failing():
+    with _errors_as_messages():
         from hira.files.inspect import inspect_adapter as inspection
         from hira.files.inspect import report_page, report_table
 
@@ -183,7 +183,7 @@ def inspect(
             else:  # a row for each module, of any width
                 Console(width=10_000).print(report_table.table(report))
             for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
-                _say(line, width=console.width if console.is_terminal else None)
+                _print_line(line, width=console.width if console.is_terminal else None)
         if plot is not None:
             report_table.plot(report, plot, Path(adapter).name)
         if html is not None:
@@ -192,29 +192,29 @@ def inspect(
 
 def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
     """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
-    with _failing():
+    with _errors_as_messages():
         from hira.files.io import manifest
 
         problems = manifest.verify(folder)
         for problem in problems:
-            _say(problem, error=True)
+            _print_line(problem, error=True)
         if not problems:
-            _say(f"{folder}: every file matches the manifest")
+            _print_line(f"{folder}: every file matches the manifest")
     raise typer.Exit(1 if problems else 0)
 
 
 @contextmanager
-def _failing() -> Iterator[None]:
+def _errors_as_messages() -> Iterator[None]:
     """Print a HiraError as a message, and fail with status 1."""
     try:
         yield
     except HiraError as error:
-        _say(f"hira: {error}", error=True)
+        _print_line(f"hira: {error}", error=True)
         raise typer.Exit(1) from error
 
 
-def _say(line: str, error: bool = False, width: int | None = None) -> None:
-    """Print a line, broken between words for a width; its names from files do nothing to a terminal."""
+def _print_line(line: str, error: bool = False, width: int | None = None) -> None:
+    """Print a line, broken between words for a width, without the control characters of names from files."""
     from hira.files.io.printable import printable
 
     shown = printable(line)
@@ -225,7 +225,7 @@ def _say(line: str, error: bool = False, width: int | None = None) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, with bytes, their rate and the time that is left."""
+    """A progress bar on the terminal, with bytes, their rate and the remaining time."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -235,8 +235,8 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _merged(report: MergeReport) -> Iterator[str]:
-    """What a merge did, or would do, in lines."""
+def _merge_lines(report: MergeReport) -> Iterator[str]:
+    """The report of a merge, in lines."""
     size = f"{report.nbytes / 1e9:.3g} GB in {len(report.shards)} {'file' if len(report.shards) == 1 else 'files'}"
     done = f"{size} would be written, {report.free_bytes / 1e9:.3g} GB are free"
     if not report.dry_run:
@@ -252,8 +252,8 @@ def _merged(report: MergeReport) -> Iterator[str]:
     yield from (f"note: {note}" for note in report.notes)
 
 
-def _losses(rank: int, errors: dict[str, float], overall: float) -> Table:
-    """What a LoRA lost of each module, and of all."""
+def _error_table(rank: int, errors: dict[str, float], overall: float) -> Table:
+    """A table of the relative errors of a LoRA."""
     from hira.files.io.printable import printable
 
     table = Table(box=box.SIMPLE, title=f"LoRA of rank {rank}", title_justify="left", show_footer=True)

@@ -1,4 +1,4 @@
-"""Adapters of other forms: from the paper's repository, into LoRA, and into what PEFT's own HiRA computes alike."""
+"""Conversions of adapters: from the paper's repository, to LoRA, and for PEFT's own HiRA."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What the conversion into LoRA lost.
+    """The losses of a conversion to LoRA.
 
     Args:
         rank: LoRA's rank.
@@ -171,8 +171,9 @@ def to_lora(
 def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the tensors of an adapter so that PEFT's own HiRA loads it and computes the same.
 
-    `weight_gradient` goes, since what an adapter computes does not depend on it. PEFT up to 0.21 ignores `rank_pattern`
-    for a model's first adapter, so factors of several ranks get zeros up to the largest: ``[B 0] [A; 0] = BA``.
+    `weight_gradient` is removed, since the adapter's outputs do not depend on it. PEFT up to 0.21 ignores
+    `rank_pattern` for a model's first adapter, so factors of several ranks get zeros up to the largest:
+    ``[B 0] [A; 0] = BA``.
 
     Raises:
         HiraError: the adapter has `target_parameters`, or adapts the output projection of `nn.MultiheadAttention`,

@@ -33,8 +33,8 @@ class Conversion:
         peft_type: "HIRA" or "LORA".
         rank: its rank.
         modules: the number of modules that it adapts.
-        lora: what a LoRA lost, None for HiRA.
-        notes: what there is to know about the base model.
+        lora: the losses of a LoRA, None for HiRA.
+        notes: why it is not certain that the base model is the right one.
     """
 
     path: Path
@@ -76,8 +76,8 @@ def convert_adapter(
         rank: the LoRA's rank.
         base: the folder of the model that the adapter was trained on, not quantised, or its name on the hub. A LoRA
             needs it, nothing else.
-        fold: write it so that PEFT's own HiRA loads it: modules of several ranks get the largest, and what is for
-            training here only goes.
+        fold: write it so that PEFT's own HiRA loads it: modules of several ranks get the largest, and options that
+            PEFT does not know are removed.
         overwrite: replace what `out` holds.
         any_base: take the base model although the adapter was trained on another.
         allow_pickle: read `adapter_model.bin` where there is no safetensors file, with ``weights_only=True``.
@@ -125,7 +125,7 @@ def convert_adapter(
 def contradiction(
     source: str | None, to: str | None, rank: int | None, base: PathLike | None, fold: bool
 ) -> str | None:
-    """Return what is wrong with options of `convert_adapter` that do not go together; None for nothing."""
+    """Return a message about options of `convert_adapter` that contradict each other; None if they do not."""
     if source not in (None, "original"):
         return f"An adapter can be converted from 'original', not from {source!r} (--from, source=)."
     if to not in (None, "lora"):
@@ -153,7 +153,7 @@ def _read(path: PathLike, source: str | None, allow_pickle: bool) -> Adapter:
 
 
 def _attention_outputs(adapter: Adapter, weights: BaseWeights, rank: int) -> dict[str, Tensor]:
-    """LoRA tensors of zeros for output projections that HiRA left alone; PEFT's LoRA always adapts both weights."""
+    """LoRA tensors of zeros for output projections without HiRA; PEFT's LoRA always adapts both weights."""
     zeros: dict[str, Tensor] = {}
     for module, factors in adapter.modules.items():
         output = f"{module}.base_layer.out_proj"

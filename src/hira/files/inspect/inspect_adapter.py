@@ -1,4 +1,4 @@
-"""What an adapter did: sizes, ranks and spectra of BA and of W0 * BA, layer by layer."""
+"""Sizes, ranks and spectra of an adapter's BA and W0 * BA, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_DIM = 8192
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a matrix, ``s_1 >= s_2 >= ...``, and what they say about its rank.
+    """The singular values of a matrix, ``s_1 >= s_2 >= ...``, and two measures of its rank.
 
     Args:
         values: the largest of them.
@@ -43,7 +43,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What an adapter did to one module. What needs W0 is None without it, norms are Frobenius norms.
+    """The numbers of one module. Those that need W0 are None without it; norms are Frobenius norms.
 
     Args:
         name: the module's name.
@@ -91,7 +91,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What an adapter did to a model.
+    """The numbers of an adapter.
 
     Args:
         config: the adapter's configuration.
@@ -100,7 +100,7 @@ class Report:
         relative_norm: ``sqrt(sum ||W0 * BA||^2 / sum ||W0||^2)`` over the layers; None unless W0 is known for all.
         bfloat16_lost: that of the layers, of all their updates together; None unless it is known of all that change.
         bfloat16_lost_to_nearest: likewise.
-        notes: what there is to know about the base model.
+        notes: why it is not certain that the base model is the right one.
     """
 
     config: dict[str, Any]
@@ -204,12 +204,11 @@ def inspect_layer(
     over the blocks: exact but for an absolute error of about ``1e-8 s_1``, which is below what float32 leaves of them.
 
     Args:
-        W0: the weight as it is stored, (out, in, *kernel), (num_embeddings, dim), or for a linear layer (in, out); or
-            None.
+        W0: the weight as it is stored, (out, in, *kernel), (num_embeddings, dim), or for a linear layer (in, out).
         A: (r, in, *kernel), or (r, num_embeddings).
         B: (out, r, 1, ...), or (dim, r).
-        kind: what the module is.
-        name: its name, for messages and the report.
+        kind: the kind of the module.
+        name: its name.
         fan_in_fan_out: whether a square weight of a linear layer is stored as (in, out).
         spectra: whether to find the singular values of W0 and of U.
         top: how many singular values to keep.
@@ -267,7 +266,7 @@ def check_adapter(config: Mapping[str, Any]) -> None:
 
 
 class _Sums:
-    """What is added up over the blocks of a layer."""
+    """Sums over the blocks of a layer."""
 
     def __init__(self, pair: LayerMatrices) -> None:
         self.delta = self.weight = self.update = self.kept = self.kept_to_nearest = self.largest = 0.0

@@ -76,7 +76,7 @@ def _download(match: re.Match[str], kind: str, **patterns: Any) -> Path:
     except Exception as error:  # of the network's library, the hub's, or the system
         reason = " ".join(str(error).split())[:400]
         raise HiraError(
-            f"the {kind} {match[0]!r} is not a folder here, and {match[1]} could not be had from the hub "
+            f"the {kind} {match[0]!r} is not a folder here, and {match[1]} could not be downloaded from the hub "
             f"({type(error).__name__}: {reason}). Check the path, or the name and the revision; `hf auth login` gives "
             "access to what is private, and HF_HUB_OFFLINE=1 takes what the cache has."
         ) from error

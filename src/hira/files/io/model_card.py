@@ -1,4 +1,4 @@
-"""The card of a folder that hira wrote: a README.md that says what it was made of, and how."""
+"""The model card of a folder that hira wrote: a README.md with its sources and the command that made it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,16 @@ def card(
     tags: Sequence[str] = (),
     library: str = "transformers",
 ) -> bytes:
-    """Write a card.
+    """Return a card, with a header that the hub reads, and with the versions of the libraries that made the folder.
 
     Args:
         title: its heading.
         text: its paragraphs.
-        facts: rows of a table, by what they tell; names in them are `quoted`.
+        facts: the rows of a table; names in them are `quoted`.
         command: the arguments of the command that makes the folder again.
-        base: the name of the base model, for the hub if it has an owner.
-        tags: for the hub.
-        library: what loads the folder, for the hub.
-
-    Returns:
-        The card, with a header that the hub reads, and with the versions of what made the folder.
+        base: the name of the base model, which the header has if it has an owner.
+        tags: for the header.
+        library: what loads the folder, for the header.
     """
     header = [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII) else []
     header += [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]
@@ -59,7 +56,7 @@ def card(
 
 
 def quoted(name: str) -> str:
-    """A name that Markdown takes for nothing else."""
+    """A name as code in Markdown, with nothing in it that Markdown interprets."""
     return "`" + printable(json.dumps(name)).replace("`", "\\u0060").replace("|", "\\u007c") + "`"
 
 

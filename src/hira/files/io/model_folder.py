@@ -40,11 +40,6 @@ class ModelFolder:
     other_files: list[str]
     skipped: dict[str, str]
 
-    @property
-    def nbytes(self) -> int:
-        """The size of all shards."""
-        return sum(header.size for header in self.shards.values())
-
     def file(self, name: str) -> Path:
         """Return the real path of one of the other files; a HiraError if a link leads outside."""
         return inside(self.path, name)
@@ -86,8 +81,11 @@ def _read_index(root: Path) -> tuple[dict[str, Header], dict[str, tuple[Header, 
     weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise HiraError(f"{path} must have a weight_map of names to files, and metadata that is an object, if any.")
-    names = dict.fromkeys(_shard_name(path, tensor, shard) for tensor, shard in weight_map.items())
-    shards = {name: read_header(inside(root, name, weights=True)) for name in names}
+    for tensor, shard in weight_map.items():
+        what = f"the file of tensor {tensor!r} in {path}"
+        if not check_basename(shard, what).endswith(".safetensors"):
+            raise HiraError(f"{what} is {shard!r}, which is not a safetensors file.")
+    shards = {name: read_header(inside(root, name, weights=True)) for name in dict.fromkeys(weight_map.values())}
     tensors: dict[str, tuple[Header, TensorEntry]] = {}
     for shard, header in shards.items():
         for name, entry in header.entries.items():
@@ -103,16 +101,9 @@ def _read_index(root: Path) -> tuple[dict[str, Header], dict[str, tuple[Header, 
     if missing:
         raise HiraError(
             f"{path} names {len(missing)} tensors that their shards lack, such as {missing[0]!r} of "
-            f"{weight_map[missing[0]]}; get the files anew."
+            f"{weight_map[missing[0]]}; download the files again."
         )
     return shards, tensors, metadata
-
-
-def _shard_name(path: Path, tensor: str, shard: object) -> str:
-    name = check_basename(shard, f"the file of tensor {tensor!r} in {path}")
-    if not name.endswith(".safetensors"):
-        raise HiraError(f"the file of tensor {tensor!r} in {path} is {name!r}, which is not a safetensors file.")
-    return name
 
 
 def _other_files(root: Path, shards: dict[str, Header]) -> tuple[list[str], dict[str, str]]:

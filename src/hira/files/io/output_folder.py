@@ -1,4 +1,4 @@
-"""An output folder that is complete or absent, and that an interrupted run can resume."""
+"""An output folder that is complete or absent, and that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Output:
         base: the folders that are read; none may be the target, hold it, or lie in it.
         required_bytes: about how much will be written; less free space is an error at once.
         job: what the run depends on, such as a hash of inputs and options; without it nothing is kept.
-        about: what the manifest says besides the files, as JSON has it.
+        about: fields of the manifest besides the files, as JSON has them.
 
     Raises:
         HiraError: on entry, the target is not empty, is a file, a mount point or one of `base`, cannot be written to or
@@ -60,7 +60,7 @@ class Output:
         self._about = dict(about or {})
         self._bases = [Path(os.path.realpath(Path(folder).expanduser())) for folder in base]
         self._finished: dict[str, FileRecord] = {}
-        self._kept: dict[str, FileRecord] = {}
+        self._resumable: dict[str, FileRecord] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Output:
@@ -73,8 +73,8 @@ class Output:
             if self.staging.is_symlink():
                 raise HiraError(f"{self.staging} is a link, which hira did not make; remove it.")
             self.staging.mkdir(exist_ok=True)
-            self._kept = self._read_state()
-            self._clear(keep={*self._kept, STATE} if self._kept else set())
+            self._resumable = self._read_state()
+            self._clear(keep={*self._resumable, STATE} if self._resumable else set())
             self._check_space()
             self._hasher = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
@@ -87,36 +87,30 @@ class Output:
             if kind is None:
                 with explained(self.target, f" What was written is in {self.staging}."):
                     self._commit()
-            elif self._job is None or not (self._finished or self._kept):
+            elif self._job is None or not (self._finished or self._resumable):
                 shutil.rmtree(self.staging, ignore_errors=True)
 
     def resumed(self, name: str) -> bool:
         """Return whether an interrupted run of the same job finished a file; its hash is checked, and it is kept."""
-        record = self._kept.get(name)
+        record = self._resumable.get(name)
         if record is None:
             return False
         found = record_of(self.staging / name)
-        del self._kept[name]  # not before: a run that is interrupted while it hashes keeps the file
+        del self._resumable[name]  # not before: a run that is interrupted while it hashes keeps the file
         if found == record:
             self._finished[name] = record
         return found == record
 
     @contextmanager
     def create(self, name: str) -> Iterator[OutputFile]:
-        """Open a new file in the folder for writing; at the end of the block it is on the disk and counts as finished.
-
-        Args:
-            name: its path in the folder.
-
-        Yields:
-            The file.
+        """Open a new file in the folder for writing; at the end of the block it is on the disk and finished.
 
         Raises:
             HiraError: the name leads out of the folder or is taken, or the file cannot be written; it is removed then.
         """
         if check_relative(name, "a file of the output") in {MANIFEST, STATE, f"{STATE}.new"} or name in self._finished:
             raise HiraError(f"{name} cannot be written to {self.target}: the name is taken.")
-        self._kept.pop(name, None)
+        self._resumable.pop(name, None)
         path = self.staging / name
         with explained(path, self._hint()):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +137,7 @@ class Output:
                 file.write(chunk)
 
     def free_bytes(self) -> int:
-        """What is free on the disk of the target."""
+        """Return the free space on the disk of the target."""
         there = next(folder for folder in (self.target, *self.target.parents) if folder.is_dir())
         with explained(self.target):
             return shutil.disk_usage(there).free
@@ -180,10 +174,10 @@ class Output:
             raise HiraError(f"the output {target} is not empty; name another folder, or pass --overwrite.")
 
     def _check_space(self) -> None:
-        kept = sum(record.size for record in self._kept.values())
+        kept = sum(record.size for record in self._resumable.values())
         free = shutil.disk_usage(self.staging).free
         if free < self.required_bytes - kept:
-            if not self._kept:
+            if not self._resumable:
                 shutil.rmtree(self.staging)
             raise HiraError(
                 f"the output {self.target} needs {(self.required_bytes - kept) / 1e9:.3g} GB, but its disk has "
@@ -191,13 +185,13 @@ class Output:
             )
 
     def _recover(self) -> None:
-        """Put back what a run that was killed between two renames moved aside, or remove it if it is replaced."""
+        """Restore the old folder that a run moved before it was killed, or remove it if the new one is in its place."""
         if os.path.lexists(self._old) and not os.path.lexists(self.target):
             self._old.rename(self.target)
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _read_state(self) -> dict[str, FileRecord]:
-        """The files that an interrupted run of this job finished, as far as sizes tell."""
+        """The files that an interrupted run of this job finished, and whose sizes are right."""
         path = self.staging / STATE
         if self._job is None or not path.is_file():
             return {}
@@ -214,7 +208,7 @@ class Output:
         }
 
     def _commit(self) -> None:
-        """Complete the folder, have it on the disk, and put it in its place."""
+        """Complete the folder, synchronise it, and rename it to the target."""
         state, manifest = self.staging / STATE, self.staging / MANIFEST
         self._clear(keep={*self._finished, STATE})
         manifest.write_bytes(to_json(self._finished, format=1, **self._about))
@@ -246,7 +240,7 @@ class Output:
         if self._job is None:
             return
         path, new = self.staging / STATE, self.staging / f"{STATE}.new"
-        new.write_bytes(to_json(self._finished | self._kept, job=self._job))
+        new.write_bytes(to_json(self._finished | self._resumable, job=self._job))
         sync(new)
         new.replace(path)
 

@@ -1,4 +1,4 @@
-"""Text out of files that others wrote, made fit for a terminal and for a page."""
+"""Text from files that others wrote, made safe to print."""
 
 from __future__ import annotations
 

@@ -11,15 +11,9 @@ from hira.errors import HiraError
 
 
 def opened_folder(path: str | os.PathLike[str], what: str, otherwise: str = "") -> Path:
-    """Return the real path of a folder that a user named.
+    """Return the real path of a folder that a user named; a HiraError if there is none, or it cannot be read.
 
-    Args:
-        path: the folder.
-        what: what to call it in messages.
-        otherwise: what else to do if there is none, besides checking the path.
-
-    Raises:
-        HiraError: there is no such folder, or it cannot be read.
+    Messages call it `what`, and say `otherwise` besides to check the path.
     """
     try:
         root = Path(path).expanduser().resolve(strict=True)
@@ -45,19 +39,11 @@ _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a blob is named by its hash
 
 
 def inside(root: Path, name: str, *, weights: bool = False) -> Path:
-    """Return the real path of a file in a folder.
+    """Return the real path of a plain file in a folder, or among the blobs of the same repository in the hub's cache.
 
     A folder from elsewhere may have a link to a private file, whose content would be copied and then shared. A file
-    that has to be safetensors, with the tensors that are expected, cannot be one.
-
-    Args:
-        root: the folder's real path.
-        name: the file's name, or its path in the folder.
-        weights: whether the file has to be safetensors, and may be a link to anywhere.
-
-    Returns:
-        The path with links followed, of a plain file in the folder, or among the blobs of the same repository where the
-        folder is a snapshot in the hub's cache; the blobs may be links to another disk.
+    that has to be safetensors, with the tensors that are expected, cannot be one: with `weights` it may be a link to
+    anywhere.
 
     Raises:
         HiraError: there is no such file, it is not a plain one, or a link leads elsewhere.

@@ -94,9 +94,9 @@ def entry_of(name: str, dtype: torch.dtype, shape: Iterable[int]) -> TensorEntry
     return TensorEntry(name, CODES[dtype], shape, math.prod(shape) * dtype.itemsize)
 
 
-def in_safetensors_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-    """Return tensors in the order in which safetensors writes them: wider dtypes first, then by name."""
-    return sorted(entries, key=lambda entry: (_ORDER[entry.code], entry.name))
+def safetensors_order(entry: TensorEntry) -> tuple[int, str]:
+    """A key that sorts tensors as safetensors does: wider dtypes first, then by name."""
+    return _ORDER[entry.code], entry.name
 
 
 def header_bytes(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:

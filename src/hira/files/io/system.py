@@ -1,4 +1,4 @@
-"""What an output folder needs of the operating system: a lock, and data that is on the disk."""
+"""Locks, and writing to the disk, by the operating system."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def explained(path: Path, hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Keep other writers of a folder out; the system lifts the lock when the process ends, however it does.
+    """Lock a folder against other writers; the system releases the lock when the process ends, even if it is killed.
 
-    The lock is on a file beside the folder. It is never renamed, so it holds until the folder is in its place and what
-    was there before is removed.
+    The lock is on a file beside the folder. That file is never renamed, so the lock holds while the folder is.
 
     Raises:
         HiraError: another process, or another thread of this one, has it.
@@ -44,7 +43,7 @@ def locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock is lifted, so that it is ours and not the next writer's
+        path.unlink(missing_ok=True)  # before the lock is released, so that it is not the next writer's
         os.close(descriptor)
 
 
@@ -67,7 +66,7 @@ def _lock(path: Path) -> int | None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder on the disk, not in memory only."""
+    """Write a file or a folder from the system's memory to the disk."""
     if sys.platform == "win32" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -78,6 +77,6 @@ def sync(path: Path) -> None:
 
 
 def start_writing(descriptor: int) -> None:
-    """Have the system write a file's data to the disk from now on, not all of it when it is synchronised."""
+    """Ask the system to write a file's data to the disk now, not only when the file is synchronised."""
     if sys.platform.startswith("linux"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

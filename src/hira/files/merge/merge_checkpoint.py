@@ -1,4 +1,4 @@
-"""Merging adapters into a model on a disk: no weight is in memory for longer than a block of it."""
+"""Merging adapters into a model on a disk, a block of a weight at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hira.files.io.model_card import CARD, card, dtype_name, quoted
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
-from hira.files.merge.plan import Options, Plan, Rounding, plan_merge
+from hira.files.merge.plan import Options, Plan, Rounding
 from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import CONFIG, Parameters
 from hira.files.model.provenance import MERGED, check_base, merge_record
@@ -51,8 +51,8 @@ class MergeReport:
         tensors: the number of all tensors.
         shards: the sizes of the files of weights, by name.
         resumed: those that an interrupted merge had finished.
-        skipped: the base model's files that do not come along, with the reasons.
-        notes: what there is to know about the merged model.
+        skipped: the base model's files that are not copied, with the reasons.
+        notes: what a user should know about the merged model.
         nbytes: the size of the merged model.
         free_bytes: what was free on its disk before.
         seconds: how long it took.
@@ -94,7 +94,7 @@ def merge_checkpoint(
     Equation: ``W' = W0 * (1 + sum_i w_i B_i A_i)``, for all weights that the adapters are on.
 
     Tensors are read, formed and written a block at a time, W' by the function by which the layers form it: the files
-    have what `merge_and_unload` gives, bit for bit. All else comes along: other tensors as bytes, the layout of shards,
+    have what `merge_and_unload` gives, bit for bit. All else is copied: other tensors as bytes, the layout of shards,
     configuration, tokenizer, and code. The folder is there whole or not at all, and a merge that was interrupted goes
     on with the files that it had finished when it is called again. A thread of the process that uses PyTorch for the
     first time during a merge may be given one of PyTorch's threads only.
@@ -144,7 +144,7 @@ def merge_checkpoint(
         about={MERGED: merge_record(model, found)},
     )
     output.check_target()
-    plan = plan_merge(parameters, changes_of(parameters, found, factors), options)
+    plan = Plan(parameters, changes_of(parameters, found, factors), options)
     for adapter in found:
         adapter.check_finite()
     others = sum(model.file(name).stat().st_size for name in model.other_files)
@@ -158,13 +158,13 @@ def merge_checkpoint(
     return MergeReport(
         output.target,
         dry_run,
-        plan.merged,
-        plan.replaced,
-        plan.added,
+        tuple(plan.merged),
+        tuple(plan.replaced),
+        tuple(plan.added),
         sum(len(shard.tensors) for shard in plan.shards),
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
-        _left_out(model),
+        model.skipped,
         (*notes, *plan.notes),
         plan.nbytes + others,
         free,
@@ -182,7 +182,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
             else:
                 size, before = shard.size, shard.size - shard.nbytes
                 with output.create(shard.name) as file:
-                    for data in workers.made(shard.parts()):
+                    for data in workers.results(shard.parts()):
                         file.write(data)
                         if progress is not None:
                             progress(done + max(file.size - before, 0), plan.nbytes)
@@ -198,7 +198,7 @@ def _write_shards(output: Output, plan: Plan, progress: Progress | None) -> list
 
 
 def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -> None:
-    """Write what is beside the weights."""
+    """Write the other files of the model."""
     if plan.index is not None:
         output.write(INDEX, _json(plan.index))
     for name in model.other_files:
@@ -209,13 +209,6 @@ def _write_others(output: Output, model: ModelFolder, plan: Plan, text: bytes) -
         elif name != BASE_CARD or CARD not in model.other_files:
             output.copy(model.file(name), name)
     output.write(CARD, text)
-
-
-def _left_out(model: ModelFolder) -> dict[str, str]:
-    """The files that do not come along, with the reasons."""
-    if {CARD, BASE_CARD} <= set(model.other_files):
-        return {**model.skipped, BASE_CARD: "the base model's own card takes its name"}
-    return model.skipped
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -250,7 +243,7 @@ def _card(
 
 
 def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> str:
-    """A hash of all that the files of weights depend on; of files with tensors it takes sizes and times."""
+    """A hash of everything that the files of weights depend on; of files with tensors, of their sizes and times."""
     facts: list[Any] = [
         *map(version, ("hira", "transformers", "torch")),
         [*weights],
@@ -268,7 +261,7 @@ def _job(base: Parameters, adapters: Sequence[Adapter], weights: Sequence[float]
 
 
 def _rounding_of_products() -> list[Any]:
-    """What decides how PyTorch and its libraries split and round a product: processor, threads and settings."""
+    """The processor, threads and settings, by which PyTorch and its libraries split and round a product."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on, as are the processor's capabilities
     return [
         torch.get_num_threads(),

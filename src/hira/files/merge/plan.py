@@ -1,4 +1,4 @@
-"""What a merged model will consist of: the tensors of each file, what their bytes are made of, and its config."""
+"""The plan of a merged model: the tensors of each file, the parts that make their bytes, and its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hira.errors import HiraError
 from hira.files.io.adapter_folder import FLOATS, TensorFile
 from hira.files.io.model_card import dtype_name
 from hira.files.io.recognise import SINGLE
-from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, in_safetensors_order
+from hira.files.io.safetensors_file import Header, TensorEntry, entry_of, header_bytes, safetensors_order
 from hira.files.merge.tensors import Part, PlannedTensor, converted, copied, copied_parts, merged_parts
 from hira.files.model.parameters import IN_MEMORY, Parameters, matrices_of
 from hira.files.model.quantisation import REAL
@@ -72,156 +72,37 @@ class Shard:
                 yield from tensor.parts()
 
 
-@dataclass(frozen=True)
 class Plan:
-    """A merged model before it is written.
+    """The plan of a merged model, made from the headers of files; no tensor is read.
 
-    Args:
+    Attributes:
         shards: its files of weights.
         index: the content of the index of the shards; None for a single file.
         config: the content of `config.json`, where it differs from the base model's; else None.
         merged: the names in the files of the tensors with W'.
         replaced: those that an adapter saves whole.
-        added: those that the base model's files lack.
+        added: the tensors that the base model's files lack, by name.
         notes: what a user should know.
-    """
-
-    shards: tuple[Shard, ...]
-    index: dict[str, Any] | None
-    config: dict[str, Any] | None
-    merged: tuple[str, ...]
-    replaced: tuple[str, ...]
-    added: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(shard.nbytes for shard in self.shards)
-
-
-def plan_merge(parameters: Parameters, changes: Changes, options: Options) -> Plan:
-    """Plan a merged model from the headers of its files; no tensor is read.
 
     Raises:
         HiraError: the model is quantised and a dtype asked for, a weight cannot be rounded as asked for, a parameter
             that an adapter saves is of another shape, or what has to be added to the files would not be found in them.
     """
-    if options.dtype is not None and parameters.config.get("quantization_config"):
-        raise HiraError(
-            f"Weights of {parameters.folder.path} are quantised (quantization_config), and the numbers that belong to "
-            "them must keep their dtypes; leave out the dtype."
-        )
-    found = _Tensors(parameters, changes, options)
-    shards = _shards(parameters, changes, found, options)
-    return Plan(
-        shards,
-        _index(parameters, shards),
-        _config(parameters, changes, options),
-        tuple(found.merged),
-        tuple(found.replaced),
-        tuple(found.added),
-        tuple(found.notes),
-    )
-
-
-def _shards(parameters: Parameters, changes: Changes, found: _Tensors, options: Options) -> tuple[Shard, ...]:
-    """The files to write: the base model's, or new ones of a size, with what is added at the end of the last."""
-    folder = parameters.folder
-    # the names of a model without its head, where the head is added
-    prefix = changes.prefix if found.added else ""
-    shards = []
-    for name, header in folder.shards.items():
-        tensors = [found.changed.get(e.name) or found.unchanged(e.name, header, e) for e in header.entries.values()]
-        same = all(tensor.copied for tensor in tensors) and not prefix
-        shards.append(Shard(name, tuple(_prefixed(tensors, prefix)), header.metadata, header if same else None))
-    if found.added:
-        last = shards[-1]
-        shards[-1] = Shard(last.name, (*last.tensors, *found.added.values()), last.metadata)
-    if options.max_shard_size is not None:
-        shards = _of_size([tensor for shard in shards for tensor in shard.tensors], shards[0], options.max_shard_size)
-    return tuple(shard if shard.source is not None else replace(shard, tensors=_ordered(shard)) for shard in shards)
-
-
-def _prefixed(tensors: list[PlannedTensor], prefix: str) -> list[PlannedTensor]:
-    return [tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors]
-
-
-def _ordered(shard: Shard) -> tuple[PlannedTensor, ...]:
-    by_name = {tensor.entry.name: tensor for tensor in shard.tensors}
-    return tuple(by_name[entry.name] for entry in in_safetensors_order(tensor.entry for tensor in shard.tensors))
-
-
-def _of_size(tensors: list[PlannedTensor], first: Shard, limit: int) -> list[Shard]:
-    """Files of at most some bytes, where single tensors allow it, with the tensors in their order."""
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.entry.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.entry.nbytes
-    if len(groups) == 1:
-        return [Shard(SINGLE, tuple(tensors), first.metadata)]
-    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    return [Shard(name, tuple(group), first.metadata) for name, group in zip(names, groups, strict=True)]
-
-
-def _index(parameters: Parameters, shards: tuple[Shard, ...]) -> dict[str, Any] | None:
-    """The index of the shards, with what the base model's says of it as a whole."""
-    if [shard.name for shard in shards] == [SINGLE]:
-        return None
-    before = [entry for header in parameters.folder.shards.values() for entry in header.entries.values()]
-    after = [tensor.entry for shard in shards for tensor in shard.tensors]
-    metadata = {**parameters.folder.metadata, "total_size": sum(entry.nbytes for entry in after)}
-    if isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += sum(prod(e.shape) for e in after) - sum(prod(e.shape) for e in before)
-    weight_map = {tensor.entry.name: shard.name for shard in shards for tensor in shard.tensors}
-    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[str, Any] | None:
-    """The configuration of the merged model, if it differs from the base model's."""
-    config: dict[str, Any] = deepcopy(parameters.config)
-    tables = parameters.embeddings()
-    changing = {*changes.targets, *changes.saved}
-    if changing.intersection(tables) and len({parameters.tied(table) for table in tables}) < len(tables):
-        config["tie_word_embeddings"] = False
-        _set(config, "tie_word_embeddings", {True: False})
-    resized = [table for table in tables if table in changes.saved and parameters.holder(table) is not None]
-    rows = {changes.saved[table].shape[0]: parameters.shape(table)[0] for table in resized}
-    _set(config, "vocab_size", {old: new for new, old in rows.items()})
-    if options.dtype is not None and config:
-        name = dtype_name(options.dtype)
-        if not {"dtype", "torch_dtype"} & config.keys():
-            config["dtype"] = name
-        for key in ("dtype", "torch_dtype"):
-            _set(config, key, dict.fromkeys(("float64", "float32", "bfloat16", "float16"), name))
-    return None if config == parameters.config else config
-
-
-def _set(config: dict[str, Any], key: str, values: Mapping[Any, Any]) -> None:
-    """Exchange values of a key, in the configurations of parts of a model too."""
-    if isinstance(config.get(key), str | int) and config[key] in values:
-        config[key] = values[config[key]]
-    for part in config.values():
-        if isinstance(part, dict):
-            _set(part, key, values)
-
-
-class _Tensors:
-    """The tensors that change and those that are added, by their names in the files."""
 
     def __init__(self, parameters: Parameters, changes: Changes, options: Options) -> None:
         self._parameters, self._changes, self._options = parameters, changes, options
-        self.changed: dict[str, PlannedTensor] = {}
+        self._changed: dict[str, PlannedTensor] = {}
         self.added: dict[str, PlannedTensor] = {}
         self.merged: list[str] = []
         self.replaced: list[str] = []
         self.notes: list[str] = []
         # few, because they are all that stays in memory from tensor to tensor
         self._pairs = lru_cache(2)(lambda name: changes.targets[name].pairs())
+        if options.dtype is not None and parameters.config.get("quantization_config"):
+            raise HiraError(
+                f"Weights of {parameters.folder.path} are quantised (quantization_config), and the numbers that belong "
+                "to them must keep their dtypes; leave out the dtype."
+            )
         self._check_ties()
         for target in changes.targets.values():
             self._modulate(target)
@@ -229,6 +110,30 @@ class _Tensors:
             if name not in changes.targets:
                 self._replace(name, saved)
         self._keep_shared_weights()
+        self.shards = self._shards()
+        self.index = _index(parameters, self.shards)
+        self.config = _config(parameters, changes, options)
+        self.nbytes = sum(shard.nbytes for shard in self.shards)
+
+    def _shards(self) -> list[Shard]:
+        """The files to write: the base model's, or new ones of a size, with what is added at the end of the last."""
+        # the names of a model without its head, where the head is added
+        prefix = self._changes.prefix if self.added else ""
+        shards = []
+        for name, header in self._parameters.folder.shards.items():
+            tensors = [self._changed.get(e.name) or self._unchanged(e.name, header, e) for e in header.entries.values()]
+            source = header if all(tensor.copied for tensor in tensors) and not prefix else None
+            tensors = [
+                tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors
+            ]
+            shards.append(Shard(name, tuple(tensors), header.metadata, source))
+        if self.added:
+            last = shards[-1]
+            shards[-1] = Shard(last.name, (*last.tensors, *self.added.values()), last.metadata)
+        limit = self._options.max_shard_size
+        if limit is not None:
+            shards = _of_size([tensor for shard in shards for tensor in shard.tensors], shards[0], limit)
+        return [shard if shard.source is not None else _in_order(shard) for shard in shards]
 
     def _modulate(self, target: Target) -> None:
         """Put W' in the place of a parameter, in one tensor or in several, as those of experts are."""
@@ -266,14 +171,14 @@ class _Tensors:
                 first = 0
                 for tensor in tensors:
                     shape = parameters.folder.tensors[tensor][1].shape
-                    self.changed[tensor] = plan(tensor, shape, [(i, slice(first, first + shape[0]))])
+                    self._changed[tensor] = plan(tensor, shape, [(i, slice(first, first + shape[0]))])
                     first += shape[0]
             return
         shape = parameters.shape(name) if saved is None else saved.shape
         everything = [(i, slice(None)) for i in range(len(matrices))]
         if name in parameters.locations:
             ((tensor,),) = location.tensors
-            self.changed[tensor] = plan(tensor, shape, everything)
+            self._changed[tensor] = plan(tensor, shape, everything)
         else:  # it shares a weight that the files have under another name
             tensor = self._name_of_new(name)
             self.added[tensor] = plan(tensor, shape, everything)
@@ -299,7 +204,7 @@ class _Tensors:
             )
         ((tensor,),) = location.tensors
         self._check_shape(name, saved)
-        self.changed[tensor] = self._of_adapter(tensor, saved, parameters.dtype(name))
+        self._changed[tensor] = self._of_adapter(tensor, saved, parameters.dtype(name))
         self.replaced.append(tensor)
 
     def _keep_shared_weights(self) -> None:
@@ -316,12 +221,12 @@ class _Tensors:
                 saved = self._changes.saved.get(name) if name in self._changes.targets else None
                 ((old,),) = parameters.location(name).tensors
                 self.added[tensor] = (
-                    self.unchanged(tensor, *parameters.folder.tensors[old])
+                    self._unchanged(tensor, *parameters.folder.tensors[old])
                     if saved is None
                     else self._of_adapter(tensor, saved, parameters.dtype(name))
                 )
 
-    def unchanged(self, name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
+    def _unchanged(self, name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
         """A tensor of the base model's, under a name, in the dtype that is asked for."""
         dtype = self._options.dtype
         if dtype is None or entry.code not in REAL or entry.dtype == dtype:
@@ -346,7 +251,7 @@ class _Tensors:
         return None if rounding is None else rounding == "dither"
 
     def _check_ties(self) -> None:
-        """Refuse to change embeddings, or the head, that may be tied in a way that nothing here tells."""
+        """Refuse to change embeddings, or the head, that may be tied, if the architecture is unknown."""
         parameters, config = self._parameters, self._parameters.config
         if parameters.is_known or not config.get("tie_word_embeddings", bool(config)):  # true is transformers' default
             return
@@ -394,10 +299,72 @@ class _Tensors:
             )
 
     def _name_of_new(self, name: str) -> str:
-        """The name in the files of a parameter that they lack, once it is sure to be found there."""
+        """The name in the files for a parameter that they lack; a HiraError if a model would not find it there."""
         if self._parameters.name_of(name) != name:
             raise HiraError(
                 f"{name} has to be written, but the files of {self._parameters.folder.path} name their tensors "
                 f"otherwise than the model does. {IN_MEMORY}"
             )
         return name
+
+
+def _in_order(shard: Shard) -> Shard:
+    return replace(shard, tensors=tuple(sorted(shard.tensors, key=lambda tensor: safetensors_order(tensor.entry))))
+
+
+def _of_size(tensors: list[PlannedTensor], first: Shard, limit: int) -> list[Shard]:
+    """Files of at most so many bytes, or of a single tensor."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.entry.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(tensors), first.metadata)]
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    return [Shard(name, tuple(group), first.metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _index(parameters: Parameters, shards: list[Shard]) -> dict[str, Any] | None:
+    """The index of the shards, with the metadata of the base model's."""
+    if [shard.name for shard in shards] == [SINGLE]:
+        return None
+    before = [entry for header in parameters.folder.shards.values() for entry in header.entries.values()]
+    after = [tensor.entry for shard in shards for tensor in shard.tensors]
+    metadata = {**parameters.folder.metadata, "total_size": sum(entry.nbytes for entry in after)}
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(prod(e.shape) for e in after) - sum(prod(e.shape) for e in before)
+    weight_map = {tensor.entry.name: shard.name for shard in shards for tensor in shard.tensors}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config(parameters: Parameters, changes: Changes, options: Options) -> dict[str, Any] | None:
+    """The configuration of the merged model, if it differs from the base model's."""
+    config: dict[str, Any] = deepcopy(parameters.config)
+    tables = parameters.embeddings()
+    changing = {*changes.targets, *changes.saved}
+    if changing.intersection(tables) and len({parameters.tied(table) for table in tables}) < len(tables):
+        config["tie_word_embeddings"] = False
+        _set(config, "tie_word_embeddings", {True: False})
+    resized = [table for table in tables if table in changes.saved and parameters.holder(table) is not None]
+    rows = {changes.saved[table].shape[0]: parameters.shape(table)[0] for table in resized}
+    _set(config, "vocab_size", {old: new for new, old in rows.items()})
+    if options.dtype is not None and config:
+        name = dtype_name(options.dtype)
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config["dtype"] = name
+        for key in ("dtype", "torch_dtype"):
+            _set(config, key, dict.fromkeys(("float64", "float32", "bfloat16", "float16"), name))
+    return None if config == parameters.config else config
+
+
+def _set(config: dict[str, Any], key: str, values: Mapping[Any, Any]) -> None:
+    """Replace values of a key, in the configurations of parts of a model too."""
+    if isinstance(config.get(key), str | int) and config[key] in values:
+        config[key] = values[config[key]]
+    for part in config.values():
+        if isinstance(part, dict):
+            _set(part, key, values)

@@ -23,7 +23,7 @@ from hira.ops.workspace import Workspace
 # bytes of a tensor that are copied or converted at a time
 _PART = 16 << 20
 
-# A part makes some bytes of a tensor. The next part of the same thread may overwrite them.
+# A part makes some bytes of a tensor. W' is in memory of the thread, which its next part overwrites.
 Part = Callable[[], memoryview]
 
 
@@ -52,7 +52,7 @@ class Workers:
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
 
-    def made(self, parts: Iterable[Part]) -> Iterator[memoryview]:
+    def results(self, parts: Iterable[Part]) -> Iterator[memoryview]:
         """Yield the bytes of parts in order; they stay until the next ones are asked for."""
         ahead: deque[Future[memoryview]] = deque()
         for part, thread in zip(parts, cycle(self._threads)):
@@ -134,8 +134,8 @@ def merged_parts(
         W0 = matrix.read(slice(None)).to(stored).t()
         by, workspace = modulation(W0, *factors(), dtype, dither=dither), Workspace(W0, dtype)
         out = torch.empty_like(W0, dtype=dtype)
-        for some in row_blocks(W0):
-            out[some] = block(W0[some], by, workspace, some, single_threaded=True)
+        for block_rows in row_blocks(W0):
+            out[block_rows] = block(W0[block_rows], by, workspace, block_rows, single_threaded=True)
         return checked(out.t()[rows])
 
     if transposed:
@@ -145,13 +145,13 @@ def merged_parts(
     like = torch.empty(1, 1, dtype=stored, device="cpu").expand(matrix.rows, matrix.columns)
     by = modulation(like, *factors(), dtype, dither=dither)
 
-    def part(some: slice) -> memoryview:
-        formed = block(matrix.read(some).to(stored), by, Workspace(like, dtype), some, single_threaded=True)
-        return checked(formed[max(first - some.start, 0) : last - some.start])
+    def part(block_rows: slice) -> memoryview:
+        formed = block(matrix.read(block_rows).to(stored), by, Workspace(like, dtype), block_rows, single_threaded=True)
+        return checked(formed[max(first - block_rows.start, 0) : last - block_rows.start])
 
-    for some in row_blocks(like):
-        if some.start < last and first < some.stop:
-            yield partial(part, some)
+    for block_rows in row_blocks(like):
+        if block_rows.start < last and first < block_rows.stop:
+            yield partial(part, block_rows)
 
 
 def _begin(threads: int) -> None:

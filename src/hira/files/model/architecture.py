@@ -1,4 +1,4 @@
-"""What transformers knows of a model from its configuration alone: names in files, orientations, shared weights."""
+"""A model of transformers without its weights: names in files, orientations, shared weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Architecture:
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Lay out the model that a configuration describes.
+    """Return the architecture that a configuration describes.
 
     Args:
         config: what `config.json` says.

@@ -27,8 +27,8 @@ IN_MEMORY = (
 )
 
 
-# Models whose files have the parameters as the modules have them, with their model_type: nothing has to be asked of
-# transformers, whose import takes seconds, unless their embeddings change. A test compares.
+# Models whose files name and store the parameters as the modules do, with their model_type: transformers, whose import
+# takes seconds, is needed only if their embeddings change. A test compares.
 AS_IN_MODEL = {
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
@@ -154,11 +154,11 @@ class Parameters:
         return None if self._architecture is None else self._architecture.is_transposed(name)
 
     def location(self, name: str) -> Location:
-        """Where a parameter lies; a HiraError if its entries are laid out otherwise in the files."""
+        """Where a parameter lies; a HiraError if the files have it in an unknown layout."""
         location = self.locations[str(self.holder(name))]
         if location is None:
             raise HiraError(
-                f"The files of {self.folder.path} lay {name} out otherwise than the model does, in a way that is not "
+                f"The files of {self.folder.path} store {name} in another layout than the model does, which is not "
                 f"known here. {IN_MEMORY}"
             )
         return location

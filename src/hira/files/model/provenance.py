@@ -27,15 +27,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def merge_record(model: ModelFolder, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Return what the manifest of a merged model says of where it is from.
+    """Return the manifest's record of a merge.
 
-    Args:
-        model: the model that the adapters are merged into.
-        adapters: the adapters.
-
-    Returns:
-        For its field `merged`: the names of the base model and of all adapters in the weights, those that had been
-        merged into the base model too, each with a SHA-256 of its factors.
+    It has the names of the base model and of all adapters in the weights, those that had been merged into the base
+    model too, each with a SHA-256 of its factors.
     """
     before = _record(model.path)
     own = [{"name": name_of(adapter.path), "sha256": _fingerprint(adapter)} for adapter in adapters]
@@ -55,83 +50,57 @@ def check_base(model: ModelFolder, adapter: Adapter, any_base: bool = False) -> 
         any_base: report a contradiction instead of raising.
 
     Returns:
-        Notes: a contradiction that was let pass, or why it is not known whether the model is the right one.
+        Notes: a contradiction that `any_base` allows, or why it is not known whether the model is the right one.
 
     Raises:
         HiraError: the model is certainly another one, or has the adapter in its weights already.
     """
-    problem = _contradiction(model, adapter)
-    if problem is None:
-        return _doubts(model, adapter)
-    if any_base:
-        return [problem]
-    raise HiraError(f"{problem}. If it is meant: --any-base (any_base=True).")
+    is_certain, finding = _compare(model, adapter)
+    if is_certain and not any_base:
+        raise HiraError(f"{finding}. If it is meant: --any-base (any_base=True).")
+    return [finding] if finding else []
 
 
-def _contradiction(model: ModelFolder, adapter: Adapter) -> str | None:
-    """Why a model is certainly not the one that an adapter was trained on; None if it may be."""
-    named, record = _named(adapter), _record(model.path)
-    merged = [entry["name"] for entry in record.get("adapters", ())]
-    if merged and _fingerprint(adapter) in {entry["sha256"] for entry in record["adapters"]}:
-        return f"the adapter {adapter.path} is in the weights of {model.path} already: `hira merge` wrote that model"
-    if named is None or _is_folder(named, model.path):
-        return None
-    if merged and (not _alike(named, str(model.path)) or _alike(named, record["base"])):
-        return (
-            f"`hira merge` wrote {model.path} from {record['base']} with {', '.join(merged)}, and the adapter "
+def _compare(model: ModelFolder, adapter: Adapter) -> tuple[bool, str]:
+    """Whether a model is certainly not the right one for an adapter, and why it is not, or is not known to be."""
+    path, revision = model.path, adapter.config.get("revision")
+    unknown = f"not checked whether {path} is the base model of {adapter.path}, because"
+    record = _record(path)
+    merged = {entry["sha256"]: entry["name"] for entry in record.get("adapters", ())}
+    if merged and _fingerprint(adapter) in merged:
+        return True, f"the adapter {adapter.path} is in the weights of {path} already: `hira merge` wrote that model"
+    named = adapter.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named or "\0" in named:
+        return False, f"{unknown} its configuration names none (base_model_name_or_path)"
+    if os.path.realpath(os.path.expanduser(named)) == str(path):
+        return False, ""
+    if merged and (not _alike(named, str(path)) or _alike(named, record["base"])):
+        return True, (
+            f"`hira merge` wrote {path} from {record['base']} with {', '.join(merged.values())}, and the adapter "
             f"{adapter.path} was trained on {named}. Adapters of one model are merged together: hira merge BASE "
             "ADAPTER ADAPTER -o OUT"
         )
-    here, wanted = _repositories(model, named)
+    # the repositories of the hub that the model is from, and that the name means
+    here, wanted = hub_id(str(path)), None if os.path.isdir(named) else hub_id(named)
     if here and wanted and not _alike(here, wanted):
-        return f"the adapter {adapter.path} was trained on {wanted}, and {model.path} is {here}, another model"
-    if _same_weights(model, named) is False:
-        return (
-            f"the adapter {adapter.path} was trained on {named}, and the weights of {model.path} are others: it is "
-            "another model"
-        )
-    return None
-
-
-def _doubts(model: ModelFolder, adapter: Adapter) -> list[str]:
-    """Why it is not known whether a model is the one that an adapter was trained on; nothing if it is known."""
-    named, revision = _named(adapter), adapter.config.get("revision")
-    start = f"not checked whether {model.path} is the base model of {adapter.path}"
-    if named is None:
-        return [f"{start}, because its configuration names none (base_model_name_or_path)"]
-    same = _is_folder(named, model.path) or _alike(named, str(model.path)) or bool(_same_weights(model, named))
-    if not same and _said(model.path) != named:
-        return [
-            f"{start}, because its configuration names {named!r}, and nothing here says that this model is that one"
-        ]
-    here, wanted = _repositories(model, named)
+        return True, f"the adapter {adapter.path} was trained on {wanted}, and {path} is {here}, another model"
+    same = _same_weights(model, named)
+    if same is False:
+        trained = f"the adapter {adapter.path} was trained on {named}"
+        return True, f"{trained}, and the weights of {path} are others: it is another model"
+    if not same and not _alike(named, str(path)) and _loaded_from(path) != named:
+        return False, f"{unknown} its configuration names {named!r}, and nothing here says that this model is that one"
     if here and wanted and here.lower() != wanted.lower():
-        return [f"{start}, because it was trained on {wanted}, which is another repository than {here}"]
-    commit = model.path.name
-    if _COMMIT.fullmatch(str(revision)) and _COMMIT.fullmatch(commit) and revision != commit:
-        return [f"the adapter {adapter.path} was trained on revision {revision} of {named}, and this one is {commit}"]
-    return []
+        return False, f"{unknown} it was trained on {wanted}, which is another repository than {here}"
+    if _COMMIT.fullmatch(str(revision)) and _COMMIT.fullmatch(path.name) and revision != path.name:
+        return False, f"the adapter {adapter.path} was trained on revision {revision} of {named}, this is {path.name}"
+    return False, ""
 
 
-def _named(adapter: Adapter) -> str | None:
-    """The model that an adapter's configuration names."""
-    named = adapter.config.get("base_model_name_or_path")
-    return named if isinstance(named, str) and named and "\0" not in named else None
-
-
-def _repositories(model: ModelFolder, named: str) -> tuple[str | None, str | None]:
-    """The repositories of the hub that a model is from, and that a name means."""
-    return hub_id(str(model.path)), None if os.path.isdir(named) else hub_id(named)
-
-
-def _said(path: Path) -> object:
+def _loaded_from(path: Path) -> object:
     """What a model's configuration says that it was loaded from."""
     config = path / "config.json"
     return read_object(inside(path, config.name)).get("_name_or_path") if os.path.lexists(config) else None
-
-
-def _is_folder(named: str, path: Path) -> bool:
-    return os.path.realpath(os.path.expanduser(named)) == str(path)
 
 
 def _alike(first: str, second: str) -> bool:

@@ -1,4 +1,4 @@
-"""The parameters that adapters change: which one each pair of factors is on, and the factors of all adapters as one."""
+"""The parameters that adapters change, and for each the factors of all adapters."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class SavedParameter(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What adapters do to a model.
+    """The changes that adapters make to a model.
 
     Args:
         targets: the parameters with factors on them, by name.
