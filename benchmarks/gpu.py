@@ -57,8 +57,7 @@ def main(out: Path) -> None:
 
 def switch(kernels: bool) -> None:
     """Switch the kernels on or off here, and in the processes that measure memory."""
-    heuristics.TRITON = kernels
-    os.environ["HIRA_TRITON"] = "1" if kernels else "0"
+    heuristics.TRITON = os.environ["HIRA_TRITON"] = "auto" if kernels else "0"
 
 
 # Correctness

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 
@@ -78,7 +79,9 @@ def test_a_right_kernel_does_not_serve_where_it_is_slower(kernel):
     assert not serves(kernel, weight(), torch.bfloat16, slow, quick)
 
 
-@pytest.mark.parametrize("change", [lambda t: t * 1.1, lambda t: t * float("nan"), torch.zeros_like], ids=str)
+@pytest.mark.parametrize(
+    "change", [lambda t: t * 1.1, lambda t: t * math.nan, torch.zeros_like], ids=["large", "NaN", "zero"]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_wrong_kernel_does_not_serve_and_says_so_once(kernel, change, monkeypatch):
     break_kernel(monkeypatch, kernel, change)
@@ -114,7 +117,7 @@ def test_later_processes_know_the_verdict(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["torch", "triton", "hira", "driver", "device"])
-def test_another_version_is_judged_anew(change, monkeypatch):
+def test_another_version_is_judged_again(change, monkeypatch):
     assert serves("form", weight(), torch.bfloat16, quick, slow)
     kernel_choice._verdicts.clear()
     other = {**kernel_choice._machine(torch.device(DEVICE)), change: "another"}

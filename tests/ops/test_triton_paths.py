@@ -7,9 +7,10 @@ import torch
 from interpreted import DEVICE, DTYPES
 from oracle import assert_as_exact, assert_same_bits, exact_results, results
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import hira
-from hira.ops import effective_weight, heuristics, linear, modulated_weight, reference
+from hira.ops import effective_weight, heuristics, kernel_choice, linear, modulated_weight, reference
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def kernels(monkeypatch):
 
     for name in ("form", "factor_gradients", "decode"):
         monkeypatch.setattr(cuda, name, counted(name, getattr(cuda, name)))
+    monkeypatch.setattr(heuristics, "TRITON", "1")
     monkeypatch.setattr(heuristics, "triton", lambda tensor: tensor.dtype != torch.float64)
     monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 300)
     return calls
@@ -93,6 +95,31 @@ def test_a_layer_decodes_by_the_kernel_and_keeps_no_weight(kernels, monkeypatch)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, layer.base_layer.bias), rtol=1e-4, atol=1e-4)
 
 
-def test_kernels_are_off_by_default():
-    assert not heuristics.TRITON
-    assert not heuristics.triton(torch.ones(1, device=DEVICE))
+@pytest.mark.parametrize("setting", ["0", "1", "auto"])
+def test_kernels_serve_cuda_alone(setting, monkeypatch):
+    monkeypatch.setattr(heuristics, "TRITON", setting)
+    assert not heuristics.triton(torch.ones(1))
+    assert heuristics.triton(torch.ones(1, device=DEVICE)) == (DEVICE == "cuda" and setting != "0")
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_kernel_serves_where_it_is_chosen(faster, kernels, monkeypatch):
+    monkeypatch.setattr(heuristics, "TRITON", "auto")
+    asked = []
+
+    def serves(name, W0, dtype, kernel, plain):
+        asked.append(name)
+        for found, wanted in zip(tree_leaves(kernel()), tree_leaves(plain()), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        kernels.clear()
+        return faster
+
+    monkeypatch.setattr(kernel_choice, "serves", serves)
+    shapes = ((40, 20), (33, 20), (3, 20), (33, 3))
+    x, W0, A, B = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    linear(x, W0.detach(), A, B).sum().backward()
+    assert set(asked) == {"form", "factor_gradients"}
+    assert bool(kernels) == faster
+    with torch.no_grad():
+        linear(x[:2], W0, A, B)
+    assert "decode" in asked

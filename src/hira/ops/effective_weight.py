@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from hira.ops import heuristics
+from hira.ops import heuristics, kernel_choice
 from hira.ops.dither import Noise, noise_of, round_into, rounded
 from hira.ops.workspace import Workspace, formation_dtype
 
@@ -122,11 +122,18 @@ def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
 
 
 def _formed(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
-    A, B, noise, update_only = by
     if heuristics.triton(W0):
         from hira.ops import triton
 
-        return triton.form(W0, A, B, dtype, update_only=update_only, noise=noise)
+        A, B, noise, update_only = by
+        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise)
+        if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None)):
+            return kernel()
+    return _formed_by_pytorch(W0, by, dtype, workspace)
+
+
+def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+    A, B, noise, update_only = by
     if workspace is not None:
         BA = torch.mm(B, A, out=workspace.exact(W0))
     elif W0.stride(0) < W0.stride(1):  # in W0's memory layout, as the workspace has it

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ TRANSPOSED_TOKENS = range(8, 33)
 # The most tokens that the Triton kernel for decoding takes.
 DECODED_TOKENS = 16
 
-# The kernels of `ops.triton` are off until a GPU was seen to gain from them: benchmarks/gpu.py makes that record.
-TRITON = os.environ.get("HIRA_TRITON") == "1"
+# Whether Triton kernels serve on CUDA: "0" for never, "1" for always, "auto" where `kernel_choice` finds them right and
+# faster than PyTorch on the device at hand.
+TRITON: str = os.environ.get("HIRA_TRITON", "auto")
+_HAS_TRITON = find_spec("triton") is not None
 
 HALF = (torch.bfloat16, torch.float16)
 DITHER = True
@@ -116,8 +119,8 @@ def keeps_weight(x: Tensor) -> bool:
 
 
 def triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels form W' and reduce its gradient: on CUDA, where HIRA_TRITON=1 is in the environment."""
-    return TRITON and tensor.is_cuda and tensor.dtype != torch.float64
+    """Whether Triton kernels may form W' and reduce its gradient: on CUDA, but for HIRA_TRITON=0 in the environment."""
+    return tensor.is_cuda and TRITON != "0" and _HAS_TRITON and tensor.dtype != torch.float64
 
 
 def decodes(x: Tensor) -> bool:
@@ -127,9 +130,11 @@ def decodes(x: Tensor) -> bool:
 
 def describe(device: torch.device) -> dict[str, str]:
     """The paths that operators take on a device, in words."""
-    kernels = "off: they have run in Triton's interpreter only; HIRA_TRITON=1 in the environment switches them on"
-    if TRITON:
-        kernels = "on" if device.type == "cuda" else "switched on, but they serve CUDA alone"
+    kernels = {
+        "0": "off, by HIRA_TRITON=0 in the environment",
+        "1": "on, by HIRA_TRITON=1 in the environment, unchecked",
+    }.get(TRITON, "where they are right and faster than PyTorch, which is found out at their first use")
+    kernels = kernels if device.type == "cuda" else "none: they serve CUDA alone"
     few = "formed each time" if device.type != "cpu" else "kept by hira.inference_cache in generate()"
     return {
         "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hira.ops import heuristics
+from hira.ops import heuristics, kernel_choice
 from hira.ops.effective_weight import (
     block,
     cast_as_autocast,
@@ -161,7 +162,13 @@ def linear_forward(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     if heuristics.decodes(x) and not update_only:
         from hira.ops import triton
 
-        return triton.decode(x, W0, A, B, bias)
+        kernel = partial(triton.decode, x, W0, A, B, bias)
+        if kernel_choice.serves("decode", W0, x.dtype, kernel, partial(_forward_by_blocks, x, W0, A, B, bias, False)):
+            return kernel()
+    return _forward_by_blocks(x, W0, A, B, bias, update_only)
+
+
+def _forward_by_blocks(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, update_only: bool) -> Tensor:
     by = modulation(W0, A, B, x.dtype, update_only=update_only)
     if heuristics.is_small(W0):
         W = whole(W0, by, x.dtype)
@@ -204,7 +211,16 @@ def linear_factor_gradients(
     if heuristics.triton(W0) and scale is None:
         from hira.ops import triton
 
-        return triton.factor_gradients(dy, x, W0, A, B)
+        kernel = partial(triton.factor_gradients, dy, x, W0, A, B)
+        plain = partial(_factor_gradients_by_blocks, dy, x, W0, A, B, None)
+        if kernel_choice.serves("factor_gradients", W0, dy.dtype, kernel, plain):
+            return kernel()
+    return _factor_gradients_by_blocks(dy, x, W0, A, B, scale)
+
+
+def _factor_gradients_by_blocks(
+    dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if scale is None and heuristics.is_small(W0):
         return factor_gradients(torch.mm(dy.t(), x), W0, A, B)
     dtype = formation_dtype(W0.dtype)

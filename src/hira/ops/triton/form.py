@@ -59,42 +59,34 @@ def form_kernel(  # type: ignore[no-untyped-def]
     FACTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Form tiles that lie side by side; offsets are 64 bits wide."""
-    groups = (columns + TILES * BLOCK_N - 1) // (TILES * BLOCK_N)
-    group = tl.program_id(0)
-    i = (group // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = (group % groups).to(tl.int64) * (TILES * BLOCK_N)
+    """Form a tile; offsets are 64 bits wide."""
+    across = tl.cdiv(columns, BLOCK_N)
+    tile = tl.program_id(0)
+    i = (tile // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = (tile % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_R).to(tl.int64)
-    in_rows = i < rows
+    in_rows, in_columns = i < rows, j < columns
+    w = load_tile(W0, i, j, W0_row, W0_column, in_rows, in_columns)
     b, b_rest = split(load_tile(B, i, k, B_row, B_rank, in_rows, k < r), FACTOR)
-    j = first + tl.arange(0, BLOCK_N)
-    w = load_tile(W0, i, j, W0_row, W0_column, in_rows, j < columns)
-    for tile in range(TILES):
-        j = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_columns = j < columns
-        ahead = j + BLOCK_N
-        next_w = load_tile(W0, i, ahead, W0_row, W0_column, in_rows, (ahead < columns) & (tile + 1 < TILES))
-        modulation = low_rank(
-            A, B, b, b_rest, i, j, in_rows, in_columns, r, A_rank, A_column, B_row, B_rank, FACTOR, RANK_BLOCKS
-        )
-        if not UPDATE_ONLY:
-            modulation += 1.0
-        exact = w.to(tl.float32) * modulation
-        if DITHER:
-            noise_i = tl.load(row_noise + i, mask=in_rows, other=0)
-            noise_j = tl.load(column_noise + j, mask=in_columns, other=0)
-            exact = _dither(exact, noise_i[:, None] * noise_j[None, :], DTYPE)  # int16, wraps
-        tl.store(
-            out + i[:, None] * out_row + j[None, :] * out_column,
-            round_to(exact, DTYPE),
-            mask=in_rows[:, None] & in_columns[None, :],
-        )
-        w = next_w
+    modulation = low_rank(
+        A, B, b, b_rest, i, j, in_rows, in_columns, r, A_rank, A_column, B_row, B_rank, FACTOR, RANK_BLOCKS
+    )
+    if not UPDATE_ONLY:
+        modulation += 1.0
+    exact = w.to(tl.float32) * modulation
+    if DITHER:
+        noise_i = tl.load(row_noise + i, mask=in_rows, other=0)
+        noise_j = tl.load(column_noise + j, mask=in_columns, other=0)
+        exact = _dither(exact, noise_i[:, None] * noise_j[None, :], DTYPE)  # int16, wraps
+    tl.store(
+        out + i[:, None] * out_row + j[None, :] * out_column,
+        round_to(exact, DTYPE),
+        mask=in_rows[:, None] & in_columns[None, :],
+    )
 
 
 def form(
@@ -127,7 +119,7 @@ def form(
         HiraError: shapes or dtypes do not fit.
 
     Cost: (2 r + 2) out in operations in float32; for a half, BA takes three products of bfloat16 on tensor cores,
-    which leave it within 2**-16. W0 is read once and W' written once. A is read out / 64 times, B in / 256 times,
+    which leave it within 2**-16. W0 is read once and W' written once. A is read out / 64 times, B in / 64 times,
     mostly from cache. No temporaries.
 
     Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/architecture.md.
@@ -164,9 +156,8 @@ def _form(
     exact = dtype == torch.float32
     tile = tiles.EXACT_FORM if exact else tiles.FORM
     block_r = tiles.rank_block(r)
-    groups = triton.cdiv(columns, tiles.FORMED_TILES * tile.columns)
     with on_device_of(W0):
-        form_kernel[(triton.cdiv(rows, tile.rows) * groups,)](
+        form_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             W0,
             A,
             B,
@@ -185,7 +176,6 @@ def _form(
             FACTOR=tl.float32 if exact else tl.bfloat16,
             DTYPE=DTYPES[dtype],
             RANK_BLOCKS=triton.cdiv(r, block_r),
-            TILES=tiles.FORMED_TILES,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_R=block_r,

@@ -23,15 +23,13 @@ class Tile(NamedTuple):
 
 # For products in bfloat16 on tensor cores, then for exact products of float32 outside them.
 FORM, EXACT_FORM = Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)
-FACTOR_GRADIENTS, EXACT_FACTOR_GRADIENTS = Tile(128, 64, 8, 1), Tile(64, 64, 4, 1)
+FACTOR_GRADIENTS, EXACT_FACTOR_GRADIENTS = Tile(128, 64, 4, 2), Tile(64, 64, 4, 1)
 DECODE, EXACT_DECODE = Tile(64, 64, 4, 3), Tile(64, 64, 8, 2)
 # In place of FACTOR_GRADIENTS where a block has less shared memory than on a data centre's GPU, or the tiles are wider.
 SMALL_FACTOR_GRADIENTS = Tile(64, 64, 4, 1)
 
-# Neighbouring tiles that one program forms, so that it loads and splits its rows of B once.
-FORMED_TILES = 4
 # Programs among which the columns of a weight are split, as far as there are fewer blocks of rows.
-FACTOR_GRADIENTS_PROGRAMS = 132
+FACTOR_GRADIENTS_PROGRAMS = 264
 DECODE_PROGRAMS = 528
 # The most ranks that are multiplied at once.
 MOST_RANKS = 64
