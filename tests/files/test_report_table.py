@@ -13,7 +13,9 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from typer.testing import CliRunner
 
+from hira.cli.app import app
 from hira.errors import HiraError
 from hira.files.inspect.inspect_adapter import Report, inspect
 from hira.files.inspect.report_table import in_order, in_words, overview, place, plot, table, to_json
@@ -189,6 +191,6 @@ def test_the_picture(with_base, tmp_path):
 
 def test_the_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(HiraError, match=r"pip install 'hira\[plot\]'"):
-        plot(example(), tmp_path / "a.png")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--plot", str(tmp_path / "a.png")])
+    assert result.exit_code == 2 and "pip install matplotlib" in " ".join(result.stderr.replace("│", " ").split())
     assert not (tmp_path / "a.png").exists()

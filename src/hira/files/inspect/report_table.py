@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hira.errors import HiraError
 from hira.files.inspect.inspect_adapter import LayerReport, Report
 from hira.files.io.printable import printable
 from hira.files.io.system import explained
@@ -185,12 +184,9 @@ def plot(report: Report, path: Path, title: str = "adapter") -> None:
     """Draw a map of layers and modules as a PNG, coloured by the first measure of the report.
 
     Raises:
-        HiraError: matplotlib is not installed, or the file cannot be written.
+        HiraError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise HiraError("--plot needs matplotlib, which is not installed: pip install 'hira[plot]'.") from error
+    import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
