@@ -261,6 +261,21 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """A (r, in) and B (out, r) of an adapter with its scale, one pair for each matrix that the layer adapts."""
+        A, B = self._scaled(name)
+        return [(A.flatten(1), B.flatten(1))]
+
+    def _set_pairs(self, name: str, r: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Give an adapter another rank and the values of `_pairs`."""
+        self.resize_adapter(name, r)
+        for factors, value in zip(self._factor_dicts, self._stored_factors(pairs), strict=True):
+            factors[name].copy_(value.view(factors[name].shape))
+
+    def _stored_factors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        ((A, B),) = pairs
+        return A, B
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return BA, the modulation less one, of an adapter.
 

@@ -109,6 +109,14 @@ class ParamWrapper(HiraLayer):
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)
 
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        A, B = self._factors([name])
+        return list(zip(A.unbind(0), B.unbind(0), strict=True))
+
+    def _stored_factors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        As, Bs = zip(*pairs, strict=True)
+        return torch.cat(As), torch.stack(Bs, dim=2).flatten(1)
+
     def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, away: OffloadedTensor | None = None) -> LazyWeight:
         """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, r, in) and B (E, out, r)."""
         stacked = self._is_stacked

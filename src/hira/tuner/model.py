@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -30,6 +30,7 @@ from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped
 from hira.tuner.transaction import unchanged_on_error
+from hira.tuner.weighted_adapters import SignMethod, add_weighted_adapter
 
 STOCK_PACKAGE = "peft.tuners.hira"
 _EXPAND = "_expand_inputs_for_generation"
@@ -260,6 +261,39 @@ class HiraModel(BaseTuner):
                     f"adapter_names asks for other adapters than the active {active}, but the model multiplies by the "
                     f"weight of {layer.name} itself, which is one for all rows; set the adapter and pass no names."
                 )
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+    ) -> None:
+        """Add an adapter that is made of others: ``BA = sum_i w_i B_i A_i``, so W' moves by their weighted updates.
+
+        Args:
+            adapters: their names.
+            weights: a number w for each, which may be negative.
+            adapter_name: the new adapter's name. It is not active and does not train.
+            combination_type: "cat" or "linear" for the exact sum, of the summed rank; "svd" for the matrix of
+                `svd_rank` that is nearest to it; "ties", "dare_linear", "dare_ties" or "magnitude_prune", with or
+                without "_svd" at the end, for what these methods make of the matrices B_i A_i, of `svd_rank` too.
+            svd_rank: that rank; by default the largest of the adapters' ranks.
+            density: the share of entries, in (0, 1], that the last four keep.
+            majority_sign_method: how TIES and DARE-TIES choose the sign of an entry.
+
+        Raises:
+            HiraError: an adapter is not there, has `modules_to_save`, or is targeted otherwise than the others, the new
+                name is taken, or an argument is out of range; the model is left as it was.
+
+        Source: arguments and names from PEFT's LoRA, whose matrix functions are used.
+        """
+        add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+        )
 
     # Checkpoints
 

@@ -1,0 +1,149 @@
+"""A new adapter from others: their weighted sum, exact or of a smaller rank, or what TIES, DARE or pruning make."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from torch import Tensor, nn
+
+from hira.errors import HiraError
+from hira.layers.base import HiraLayer
+from hira.tuner.transaction import unchanged_on_error
+
+SignMethod = Literal["total", "frequency"]
+Combine = Callable[[list[Tensor], Tensor], Tensor]
+_EXACT = ("cat", "linear")
+_SIGNED: dict[str, Any] = {"ties": ties, "dare_ties": dare_ties}
+_DENSE: dict[str, Any] = {"dare_linear": dare_linear, "magnitude_prune": magnitude_prune}
+
+
+def add_weighted_adapter(
+    model: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    svd_rank: int | None,
+    density: float | None,
+    majority_sign_method: SignMethod,
+) -> None:
+    """`HiraModel.add_weighted_adapter`, which says what it does."""
+    combine = _combination(combination_type, density, majority_sign_method)
+    _check(model, adapters, weights, adapter_name)
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
+        raise HiraError(f"svd_rank must be a positive integer, not {svd_rank!r}.")
+    config = replace(
+        model.peft_config[adapters[0]],
+        r=svd_rank or max(model.peft_config[name].r for name in adapters),
+        rank_pattern={},
+        hira_alpha=None,  # what it scales is in B
+        target_modules=_targets([model.peft_config[name].target_modules for name in adapters]),
+        inference_mode=True,
+    )
+    with unchanged_on_error(model.model):
+        model.peft_config[adapter_name] = config
+        try:
+            model.inject_adapter(model.model, adapter_name)
+            ranks = {}
+            for layer in model.model.modules():
+                if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
+                    ranks[layer.name] = _fill(layer, adapters, weights, adapter_name, combine, svd_rank)
+        except BaseException:
+            del model.peft_config[adapter_name]
+            raise
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+
+
+@torch.no_grad()
+def _fill(
+    layer: HiraLayer,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combine: Combine | None,
+    svd_rank: int | None,
+) -> int:
+    """Give the new adapter of a layer its values, and return its rank."""
+    present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.r]
+    each = [layer._pairs(name) for name, _ in present]  # for each adapter, A (r, in) and B (out, r) of each matrix
+    scales = [weight for _, weight in present]
+    if combine is None:
+        rank = sum(layer.r[name] for name, _ in present)
+        pairs = []
+        for of_matrix in zip(*each, strict=True):
+            weighted = [weight * B for weight, (_, B) in zip(scales, of_matrix, strict=True)]
+            pairs.append((torch.cat([A for A, _ in of_matrix]), torch.cat(weighted, dim=1)))
+    else:
+        rank = svd_rank or max(layer.r[name] for name, _ in present)
+        pairs = []
+        for of_matrix in zip(*each, strict=True):
+            products = [B.float() @ A.float() for A, B in of_matrix]
+            pairs.append(_truncated(combine(products, torch.tensor(scales, device=products[0].device)), rank))
+    layer._set_pairs(adapter_name, rank, pairs)
+    return rank
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The A (rank, in) and B (out, rank) whose product is nearest to a matrix; zeros beyond the matrix's own rank."""
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    root = S[:rank].sqrt()
+    more = rank - len(root)
+    A, B = root[:, None] * V[:rank], U[:, :rank] * root
+    return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
+
+
+def _combination(name: str, density: float | None, majority_sign_method: SignMethod) -> Combine | None:
+    """What makes one matrix of some; None for their weighted sum by concatenation."""
+    if name in _EXACT:
+        return None
+    if name == "svd":
+        return cast(Combine, task_arithmetic)
+    plain = name.removesuffix("_svd")
+    if plain not in _SIGNED and plain not in _DENSE:
+        known = [*_EXACT, "svd", *(f"{each}{end}" for each in (*_SIGNED, *_DENSE) for end in ("", "_svd"))]
+        raise HiraError(f"combination_type must be one of {', '.join(known)}, not {name!r}.")
+    if density is None or not 0 < density <= 1:
+        raise HiraError(f"{name} keeps a share of the entries: density must be in (0, 1], not {density!r}.")
+    if plain in _DENSE:
+        return partial(_DENSE[plain], density=density)
+    return partial(_SIGNED[plain], density=density, majority_sign_method=majority_sign_method)
+
+
+def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    unknown = [name for name in adapters if name not in model.peft_config]
+    if not adapters or isinstance(adapters, str) or unknown:
+        known = ", ".join(model.peft_config)
+        raise HiraError(f"adapters must be a list of the model's adapters, which are {known}, not {adapters!r}.")
+    if adapter_name in model.peft_config:
+        raise HiraError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
+    bad = [weight for weight in weights if not isinstance(weight, int | float) or not math.isfinite(weight)]
+    if len(weights) != len(adapters) or bad:
+        raise HiraError(f"weights must be {len(adapters)} numbers, one for each adapter, not {weights!r}.")
+    for name in adapters:
+        if model.peft_config[name].modules_to_save:
+            raise HiraError(
+                f"Adapter {name!r} has modules_to_save, {sorted(model.peft_config[name].modules_to_save)}, which are "
+                "whole modules: there is no weighted sum of them. Merge such adapters into the model one by one."
+            )
+
+
+def _targets(targets: list[Any]) -> Any:
+    """The modules that some adapters target between them."""
+    patterns = {target for target in targets if isinstance(target, str)}
+    if not patterns:
+        return set().union(*(target or () for target in targets))
+    if len(patterns) == 1 and all(isinstance(target, str) for target in targets):
+        return targets[0]
+    if all(isinstance(target, str) for target in targets):
+        return "|".join(f"({pattern})" for pattern in sorted(patterns))
+    raise HiraError(
+        "Some adapters have a list for target_modules and others a regular expression; they cannot be joined."
+    )
