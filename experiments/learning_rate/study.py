@@ -231,8 +231,13 @@ def study(path: Path, folder: Path, processes: int) -> None:
 
 
 def table(path: Path) -> Iterator[str]:
-    """The lines of a table: each method's best rate, its loss there, and its loss at LoRA's best rate."""
+    """The lines of a table of what is complete: each method's best rate, its loss there, and at LoRA's best rate."""
     results = json.loads(path.read_text())
+    complete = [
+        (model, r)
+        for model, r in product(MODELS, RANKS)
+        if all(Run(model, r, *others).key in results for others in product(METHODS, RATES, SEEDS))
+    ]
 
     def losses(model: str, r: int, method: str, rate: float) -> list[float]:
         return [results[Run(model, r, method, rate, seed).key] for seed in SEEDS]
@@ -242,7 +247,7 @@ def table(path: Path) -> Iterator[str]:
 
     yield "| model | r | method | best rate | loss there | loss at LoRA's best rate |"
     yield "|---|---|---|---|---|---|"
-    for model, r in product(MODELS, RANKS):
+    for model, r in complete:
         best = {method: min(RATES, key=lambda rate: mean(losses(model, r, method, rate))) for method in METHODS}
         for method, rate in best.items():
             there, at_loras = losses(model, r, method, rate), losses(model, r, method, best["LoRA"])
