@@ -173,6 +173,38 @@ def test_stock_peft_computes_the_same(tmp_path):
         torch.testing.assert_close(theirs(IDS), y, rtol=1e-5, atol=1e-6)
 
 
+def test_transformers_loads_the_file_as_it_is(tmp_path):
+    """Its own load_adapter puts tensors into the layers without PEFT's function for that."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def llama() -> Any:
+        torch.manual_seed(0)
+        return LlamaModel(LlamaConfig(vocab_size=32, **sizes)).eval()
+
+    config = HiraConfig(r=2, hira_alpha=16, target_modules=["q_proj", "v_proj"], init_weights=False)
+    for wrapped in (True, False):
+        model = llama()
+        if wrapped:
+            model = get_peft_model(model, config)
+        else:
+            model.add_adapter(config)
+        assert any(layer.alpha_scale["default"] != 1 for layer in hira_layers(model))
+        folder = tmp_path / str(wrapped)
+        model.save_pretrained(folder)
+        wanted = model(IDS).last_hidden_state
+        again = llama()
+        again.load_adapter(folder)
+        torch.testing.assert_close(again(IDS).last_hidden_state, wanted)
+        torch.testing.assert_close(PeftModel.from_pretrained(llama(), folder)(IDS).last_hidden_state, wanted)
+
+
+def test_a_float64_model():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)).double(), HiraConfig(hira_alpha=16, target_modules=["0"]))
+    assert scales(model) != [1]
+
+
 def test_merging_and_deltas(tmp_path):
     model = trained(adapted(hira_alpha=16)).eval()
     y = model(IDS)

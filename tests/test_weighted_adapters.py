@@ -168,15 +168,20 @@ def test_patterns_of_modules_are_joined():
         ((["one", "two"], [1.0, 1.0], "sum", "ties"), "density"),
         ((["one", "two"], [1.0, 1.0], "sum", "ties", None, 1.5), "density"),
         ((["one", "saving"], [1.0, 1.0], "sum"), "modules_to_save"),
-        ((["one", "pattern"], [1.0, 1.0], "sum"), "target_modules"),
+        ((["one", "pattern"], [1.0, 1.0], "sum"), "target_parameters"),
+        ((["plain", "pattern"], [1.0, 1.0], "sum"), "target_modules"),
+        ((["plain", "first layer"], [1.0, 1.0], "sum"), "layers_to_transform"),
     ],
 )
 def test_what_is_refused_changes_nothing(arguments, mentioned):
     model = adapted()
-    model.add_adapter("saving", config(2, ["first"], modules_to_save=["norm"]))
+    model.add_adapter("saving", config(2, ["first"], target_parameters=["experts.up"], modules_to_save=["norm"]))
+    model.add_adapter("plain", config(2, ["first"]))
+    model.add_adapter("first layer", config(2, ["first"]))
+    model.peft_config["first layer"].layers_to_transform = [0]
     model.add_adapter("pattern", config(2, r".*first"))
     names = set(model.state_dict())
     with pytest.raises(HiraError, match=mentioned):
         model.add_weighted_adapter(*arguments)
     assert set(model.state_dict()) == names
-    assert set(model.peft_config) == {"one", "two", "saving", "pattern"}
+    assert set(model.peft_config) == {"one", "two", "saving", "pattern", "plain", "first layer"}

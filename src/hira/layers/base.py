@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import partial, reduce
 from numbers import Real
 from typing import Any, ClassVar
@@ -22,6 +23,9 @@ from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
+
+# whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
+takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
@@ -150,7 +154,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
-        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
+        alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
         alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
@@ -519,7 +523,7 @@ def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
             "hira_alpha scales each layer's adapter by the size of its weight, which has no values here. Load the base "
             "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
         )
-    rms = float(torch.linalg.vector_norm(W0.detach(), dtype=torch.float32)) / math.sqrt(W0.numel())
+    rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
     if not 0 < rms < math.inf:
         return 1
     exponent = round(math.log2(alpha / (r * rms)))

@@ -72,10 +72,10 @@ def _judge(name: str, W0: Tensor, dtype: torch.dtype, kernel: Call, plain: Call)
     try:
         error = max(errors(name, W0.dtype, dtype, W0.device))
         wrong = None if error <= allowed(dtype) else f"it is off by {error:.1e}, where {allowed(dtype):.1e} is allowed"
+        ours, theirs = (seconds(call, W0.device) for call in (kernel, plain)) if wrong is None else (0.0, 0.0)
     except Exception as failure:  # of the compiler, the driver, the hardware: whatever it is, PyTorch serves
         wrong = f"{type(failure).__name__}: {failure}"
     if wrong is None:
-        ours, theirs = seconds(kernel, W0.device), seconds(plain, W0.device)
         logger.info("%s: the kernel takes %.0f us, PyTorch %.0f us", entry, 1e6 * ours, 1e6 * theirs)
     else:
         warnings.warn(

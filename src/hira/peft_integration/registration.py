@@ -31,12 +31,13 @@ from huggingface_hub import ModelCard
 from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
+from transformers.integrations.peft import PeftAdapterMixin
 
 from hira.base_weights.offloaded import device_map_hidden
 from hira.config import hira_config as config_module
 from hira.config.hira_config import HiraConfig
 from hira.layers import bitsandbytes, dispatch
-from hira.layers.base import HiraLayer
+from hira.layers.base import HiraLayer, takes_files_as_they_are
 from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
 from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
@@ -146,6 +147,7 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         _with_version_in_card(peft.PeftModel.create_or_update_model_card),
     )
     yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
+    yield PeftAdapterMixin, "load_adapter", _taking_files_as_they_are(PeftAdapterMixin.load_adapter)
 
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
@@ -223,6 +225,20 @@ def _replace(target: Any, name: Any, value: Any) -> None:
         setattr(target, name, value)
         restore, remove = functools.partial(setattr, target), functools.partial(delattr, target)
     _undo.append(functools.partial(remove, name) if old is _MISSING else functools.partial(restore, name, old))
+
+
+def _taking_files_as_they_are(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `load_adapter`, which puts a file's tensors, B with its scale, into the layers itself."""
+
+    @functools.wraps(load_adapter)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = takes_files_as_they_are.set(True)
+        try:
+            return load_adapter(self, *args, **kwargs)
+        finally:
+            takes_files_as_they_are.reset(token)
+
+    return wrapper
 
 
 def _alias(name: str, source: ModuleType) -> ModuleType:

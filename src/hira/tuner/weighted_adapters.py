@@ -127,6 +127,12 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     bad = [weight for weight in weights if not isinstance(weight, int | float) or not math.isfinite(weight)]
     if len(weights) != len(adapters) or bad:
         raise HiraError(f"weights must be {len(adapters)} numbers, one for each adapter, not {weights!r}.")
+    for field in ("target_parameters", "layers_to_transform", "layers_pattern", "exclude_modules"):
+        values = [getattr(model.peft_config[name], field, None) for name in adapters]
+        if any(value != values[0] for value in values):
+            raise HiraError(
+                f"{field} is {values} for the adapters {list(adapters)}; adapters that are joined must agree."
+            )
     for name in adapters:
         if model.peft_config[name].modules_to_save:
             raise HiraError(
