@@ -130,9 +130,7 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     for field in ("target_parameters", "layers_to_transform", "layers_pattern", "exclude_modules"):
         values = [getattr(model.peft_config[name], field, None) for name in adapters]
         if any(value != values[0] for value in values):
-            raise HiraError(
-                f"{field} is {values} for the adapters {list(adapters)}; adapters that are joined must agree."
-            )
+            raise HiraError(f"{field} is {values} for adapters {list(adapters)}, which have to agree to be joined.")
     for name in adapters:
         if model.peft_config[name].modules_to_save:
             raise HiraError(
