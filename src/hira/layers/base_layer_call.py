@@ -1,8 +1,8 @@
 """The output of a layer whose base layer does more than multiply: the base layer's own call, with W' for its weight.
 
-A base layer does more if it is another tuner's layer, has hooks or a forward of its own, multiplies quantised numbers, or
-gathers its weight from other processes. `HiraLayer` asks `is_plain` once for each call, and comes here if the answer is
-no.
+A base layer does more if it is another tuner's layer, has hooks or a forward of its own, multiplies quantised numbers,
+or gathers its weight from other processes. `HiraLayer` asks `is_plain` once for each call, and comes here if the answer
+is no.
 """
 
 from __future__ import annotations
