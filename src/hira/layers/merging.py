@@ -55,16 +55,7 @@ def _read_original_of_merged(layer: HiraLayer) -> Tensor:
 
 
 def merge(layer: HiraLayer, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """Put W', formed as the forward forms it, in the place of the base weight, and keep W0 to restore it.
-
-    Args:
-        safe_merge: check that W' is finite before anything is changed.
-        adapter_names: the adapters to merge; the active ones by default. Adapters that are merged already stay
-            merged: W' is formed again from W0 with all of them.
-
-    Raises:
-        HiraError: with `safe_merge`, W' is not finite; nothing is changed.
-    """
+    """`HiraLayer.merge`, which says what it does."""
     settle(layer)
     names = _names_to_merge(layer, adapter_names)
     if not names:
