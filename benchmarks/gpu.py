@@ -87,7 +87,7 @@ def time_kernels(size: int = 8192, r: int = 32, tokens: int = 4096) -> dict[str,
     W0 = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     A, B = torch.randn(r, size, device="cuda"), torch.randn(size, r, device="cuda") / 100
     x, dy = (torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    adapters = [(A.clone(), B.clone()) for _ in range(16)]
+    adapters = [(A.clone(), B.clone(), 0) for _ in range(16)]
     noise, copy = noise_of(W0), torch.empty_like(W0)
     linear = sys.modules["hira.ops.linear"]
     both, once = 2 * W0.nbytes, W0.nbytes
@@ -95,9 +95,9 @@ def time_kernels(size: int = 8192, r: int = 32, tokens: int = 4096) -> dict[str,
         "copy": speed(lambda: copy.copy_(W0), both),
         "form": speed(lambda: triton.form(W0, A, B, torch.bfloat16), both),
         "form, dithered": speed(lambda: triton.form(W0, A, B, torch.bfloat16, noise=noise), both),
-        "form by PyTorch": speed(lambda: effective_weight.form(W0, A, B, torch.bfloat16), both),
+        "form by PyTorch": speed(lambda: effective_weight.form(W0, A, B, 0, torch.bfloat16), both),
         "factor gradients": speed(lambda: triton.factor_gradients(dy, x, W0, A, B)),
-        "factor gradients by PyTorch": speed(lambda: linear.linear_factor_gradients(dy, x, W0, A, B, None)),
+        "factor gradients by PyTorch": speed(lambda: linear.linear_factor_gradients(dy, x, W0, A, B, 0, None)),
         "product dy^T x alone, by cuBLAS": speed(lambda: dy.t() @ x),
         "decode, 1 token": speed(lambda: triton.decode(x[:1], W0, A, B), once),
         "decode, 16 tokens": speed(lambda: triton.decode(x[:16], W0, A, B), once),

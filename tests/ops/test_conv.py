@@ -197,10 +197,10 @@ def test_formed_kernel_is_the_one_convolved_with(geometry, dtype, entries, monke
     monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", entries)
     monkeypatch.setattr(heuristics, "DITHER", False)
     x, W0, A, B, bias = (t.detach() for t in tensors(geometry, dtype=dtype, adapter=torch.float32))
-    kernel = form_kernel(W0, A, B, dtype)
+    kernel = form_kernel(W0, A, B, 0, dtype)
     expected = PLAIN[W0.dim() - 2](x, kernel, bias, **options(geometry))
     assert torch.equal(conv(x, W0, A, B, bias, **options(geometry)), expected)
-    exact = effective_weight.form(W0.float().flatten(1), A.flatten(1), B.flatten(1), torch.float32)
+    exact = effective_weight.form(W0.float().flatten(1), A.flatten(1), B.flatten(1), 0, torch.float32)
     assert torch.equal(kernel, exact.to(dtype).view(W0.shape))
 
 
@@ -281,7 +281,7 @@ def test_opaque_operator_keeps_its_contract(dtype, layout):
     _, W0, A, B, _ = (t.detach() for t in tensors(GEOMETRIES["2d"], dtype=torch.float32))
     for base in (W0.to(memory_format=layout), W0.transpose(0, 1).contiguous().transpose(0, 1)):
         for update_only in (False, True):
-            torch.library.opcheck(torch.ops.hira.form_kernel, (base, A, B, dtype, update_only))
+            torch.library.opcheck(torch.ops.hira.form_kernel, (base, A, B, 0, dtype, update_only))
 
 
 def test_compiled_by_inductor():

@@ -56,7 +56,7 @@ CASES = {
         sizes((5, 4), (4, 3), (2, 4), (3, 2)),
     ),
     "each": (
-        lambda x, W0, A, B: linear_each(x, W0, [(A, B), (-A, B)]),
+        lambda x, W0, A, B: linear_each(x, W0, [(A, B, 0), (-A, B, 0)]),
         each,
         sizes((2, 4), (3, 4), (2, 4), (3, 2)),
     ),

@@ -156,7 +156,7 @@ def test_whatever_the_blocks_and_the_layout(dtype, transposed, monkeypatch):
     W0 = torch.randn(40, 60).to(dtype)
     A, B = torch.randint(-4, 5, (3, 60)) / 64, torch.randint(-4, 5, (40, 3)) / 8  # exact in any order
     whole = modulated_weight(W0, A, B)
-    assert not torch.equal(whole, effective_weight.form(W0.float(), A, B, torch.float32).to(dtype))
+    assert not torch.equal(whole, effective_weight.form(W0.float(), A, B, 0, torch.float32).to(dtype))
     monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 70)
     monkeypatch.setattr(heuristics, "CPU_CHUNK_ENTRIES", 30)
     W0 = W0.t().contiguous().t() if transposed else W0
@@ -187,11 +187,11 @@ def test_a_pointwise_convolution_is_the_linear_layer():
 def test_a_weight_with_bits_to_spare_is_rounded_to_nearest(stored):
     """Under autocast: the bits of W0 below the product's dtype spread the rounding already."""
     W0, A, B = torch.randn(30, 40, dtype=stored), torch.randn(3, 40), torch.randn(30, 3)
-    exact = effective_weight.form(W0, A, B, stored)
-    assert torch.equal(effective_weight.form(W0, A, B, torch.bfloat16), exact.to(torch.bfloat16))
+    exact = effective_weight.form(W0, A, B, 0, stored)
+    assert torch.equal(effective_weight.form(W0, A, B, 0, torch.bfloat16), exact.to(torch.bfloat16))
 
 
 def test_the_update_alone_is_rounded_to_nearest():
     W0, A, B = torch.randn(30, 40).bfloat16(), torch.randn(3, 40), torch.randn(30, 3)
-    exact = effective_weight.form(W0.float(), A, B, torch.float32, update_only=True)
-    assert torch.equal(effective_weight.form(W0, A, B, torch.bfloat16, update_only=True), exact.bfloat16())
+    exact = effective_weight.form(W0.float(), A, B, 0, torch.float32, update_only=True)
+    assert torch.equal(effective_weight.form(W0, A, B, 0, torch.bfloat16, update_only=True), exact.bfloat16())

@@ -38,8 +38,8 @@ def block_size(request, monkeypatch):
 def test_low_precision_is_the_float32_result_rounded_once(product, stored, update_only, block_size, monkeypatch):
     monkeypatch.setattr(heuristics, "DITHER", False)
     W0, A, B = weights(dtype=stored)
-    exact = effective_weight.form(W0.float(), A, B, torch.float32, update_only=update_only)
-    assert torch.equal(effective_weight.form(W0, A, B, product, update_only=update_only), exact.to(product))
+    exact = effective_weight.form(W0.float(), A, B, 0, torch.float32, update_only=update_only)
+    assert torch.equal(effective_weight.form(W0, A, B, 0, product, update_only=update_only), exact.to(product))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -213,8 +213,8 @@ def test_form_is_the_weight_that_linear_multiplies_with(dtype, update_only, tran
     W0, A, B = weights(dtype=dtype)
     if transposed:
         W0 = W0.t().contiguous().t()
-    formed = effective_weight.form(W0, A, B, dtype, update_only=update_only)
-    assert torch.equal(formed, effective_weight.form(W0, A, B, dtype, update_only=update_only))
+    formed = effective_weight.form(W0, A, B, 0, dtype, update_only=update_only)
+    assert torch.equal(formed, effective_weight.form(W0, A, B, 0, dtype, update_only=update_only))
     # Each row of the identity selects a column of W'; every other term of the sums is zero.
     y = linear(torch.eye(W0.shape[1], dtype=dtype), W0, A, B, update_only=update_only)
     assert torch.equal(y.t(), formed)
@@ -224,7 +224,7 @@ def test_form_is_the_weight_of_linear_under_autocast(block_size):
     W0, A, B = weights()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(torch.eye(W0.shape[1]), W0, A, B)
-    assert torch.equal(y.t(), effective_weight.form(W0, A, B, torch.bfloat16))
+    assert torch.equal(y.t(), effective_weight.form(W0, A, B, 0, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,7 +242,7 @@ def test_form_is_the_weight_of_linear_at_the_real_block_size(dtype):
     assert len(list(effective_weight.row_blocks(W0))) == 2
     columns = [0, 1, 1000, 2047]
     y = linear(torch.eye(into, dtype=dtype)[columns], W0, A, B)
-    assert torch.equal(y.t(), effective_weight.form(W0, A, B, dtype)[:, columns])
+    assert torch.equal(y.t(), effective_weight.form(W0, A, B, 0, dtype)[:, columns])
 
 
 # ---- gradients

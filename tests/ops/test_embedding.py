@@ -100,7 +100,7 @@ def test_rows_are_rounded_once(dtype, monkeypatch):
     """To nearest, or with the dither of the whole table."""
     W0, A, B = (t.detach() for t in tensors(dtype=dtype, adapter=torch.float32))
     exact = embedding(IDS, W0.float(), A, B)
-    noise, whole = noise_of(W0), effective_weight.form(W0.float(), B.t(), A.t(), torch.float32)
+    noise, whole = noise_of(W0), effective_weight.form(W0.float(), B.t(), A.t(), 0, torch.float32)
     table = round_into(torch.empty_like(W0), whole, *noise)
     assert torch.equal(embedding(IDS, W0, A, B), table[IDS])
     monkeypatch.setattr(heuristics, "DITHER", False)

@@ -98,8 +98,8 @@ def test_hooks_outside_get_the_rest():
 
 def test_a_dtype_of_its_own():
     x, W0, A, B = problem(dtype=torch.float32)
-    W = formed(W0, A, B, torch.bfloat16)
-    assert torch.equal(W.weight, effective_weight.form(W0, A, B, torch.bfloat16))
+    W = formed(W0, A, B, dtype=torch.bfloat16)
+    assert torch.equal(W.weight, effective_weight.form(W0, A, B, 0, torch.bfloat16))
     low = x.detach().bfloat16().requires_grad_()
     with recomputed(W):
         y = F.linear(low, W.weight)

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from hira.errors import HiraError
+from hira.files.io.recognise import HILORA, NOT_OF_PEFT
 
 InitWeights = bool | Literal["gaussian"] | None
 Config = TypeVar("Config", bound=PeftConfig)
@@ -26,7 +27,6 @@ _INSTEAD = {
     "alpha": "it is hira_alpha, with which HiRA trains at LoRA's learning rate",
     "alpha_pattern": "hira_alpha sets the scale of each layer by the size of its weight, for LoRA's learning rate",
     "use_rslora": "for its learning rate, hira_alpha is LoRA's alpha times the square root of r",
-    "lora_r": "the rank is r",
     "rank": "the rank is r",
     "r_ab": "the rank is r; `hira convert --from original` reads adapters of the paper's repository",
     "lora_dropout": "it is hira_dropout",
@@ -73,12 +73,17 @@ def _instead(name: str, known: set[str]) -> str:
 class HiraConfig(PeftConfig):
     """Configures HiRA adapters, ``W' = W0 * (1 + BA)``; the fields and their JSON are those of PEFT's HiraConfig.
 
+    With `lora_r` it is HiRA with LoRA, ``W' = W0 * (1 + BA) + L2 L1``.
+
     Args:
         r: the rank of BA, for every adapted module that `rank_pattern` does not name.
         hira_alpha: LoRA's alpha, for HiRA at LoRA's learning rate: ``W' = W0 * (1 + s B A)``, with s the power of two
             that is nearest to hira_alpha / (r rms(W0)) of the layer, so that a step of Adam changes W' as much as with
             a LoRA of this alpha. A checkpoint has s B for B, which every reader understands. None, the paper's HiRA,
             is s = 1, and takes a rate 5 to 50 times LoRA's. Not a field of PEFT's: it is saved where it is set.
+        lora_r: the rank of a LoRA beside HiRA, with L1 (lora_r, in) and L2 (out, lora_r), which start, drop and are
+            merged as A and B are; 0 for none. `hira_alpha` scales it by the power of two that is nearest to
+            hira_alpha / lora_r. Such an adapter is saved with peft_type "HILORA", which PEFT without hira refuses.
         target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
             "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
             model's architecture.
@@ -105,9 +110,9 @@ class HiraConfig(PeftConfig):
 
     Raises:
         HiraError: a field does not exist (a TypeError as well), r or a rank of `rank_pattern` is not a positive
-            integer, the dropout is not in [0, 1), or not 0 with `target_parameters`, these are not a list of names,
-            `hira_alpha` is not a positive number, `init_weights` or `weight_gradient` is unknown, or
-            `layers_to_transform` or `layers_pattern` goes with a regular expression.
+            integer, `lora_r` is not an integer from 0 up, the dropout is not in [0, 1), or not 0 with
+            `target_parameters`, these are not a list of names, `hira_alpha` is not a positive number, `init_weights` or
+            `weight_gradient` is unknown, or `layers_to_transform` or `layers_pattern` goes with a regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """
@@ -148,6 +153,7 @@ class HiraConfig(PeftConfig):
     hira_alpha: float | None = field(
         default=None, metadata={"help": "LoRA's alpha, to train with LoRA's learning rate. None: the paper's HiRA."}
     )
+    lora_r: int = field(default=0, metadata={"help": "The rank of a LoRA beside HiRA; 0 for none."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,9 +166,11 @@ class HiraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields that are saved: those that PEFT knows, and the others where they differ from their defaults."""
         fields: dict[str, Any] = super().to_dict()
-        for name, default in (("weight_gradient", "exact"), ("target_parameters", None), ("hira_alpha", None)):
+        for name, default in NOT_OF_PEFT.items():
             if fields[name] == default:
                 del fields[name]
+        if self.lora_r:
+            fields["peft_type"] = HILORA
         return fields
 
     @classmethod
@@ -198,6 +206,9 @@ def check_config(config: Any) -> None:
         isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf
     ):
         raise HiraError(f"hira_alpha must be a positive number or None, not {alpha!r}.")
+    lora_r = getattr(config, "lora_r", 0)
+    if isinstance(lora_r, bool) or not isinstance(lora_r, int) or lora_r < 0:
+        raise HiraError(f"lora_r, the rank of a LoRA beside HiRA, must be an integer from 0 up, not {lora_r!r}.")
     check_init_weights(config.init_weights)
     weight_gradient = getattr(config, "weight_gradient", "exact")
     if weight_gradient not in ("exact", "int8"):

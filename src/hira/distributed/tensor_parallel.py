@@ -74,13 +74,14 @@ def broadcast(layout: Layout, parameters: Iterable[Tensor]) -> None:
             torch.distributed.broadcast(parameter, torch.distributed.get_global_rank(group, 0), group=group)
 
 
-def linear(layout: Layout, A: Tensor, B: Tensor, x: Any, weight: Any, bias: Any = None) -> Tensor:
+def linear(layout: Layout, A: Tensor, B: Tensor, lora_r: int, x: Any, weight: Any, bias: Any = None) -> Tensor:
     """y = x W'^T + bias for this process's part of W0.
 
     Args:
         layout: that of W0.
-        A: (r, in), whole.
-        B: (out, r), whole.
+        A: (r + lora_r, in), A over L1, whole.
+        B: (out, r + lora_r), B beside L2, whole.
+        lora_r: the rank of LoRA in them.
         x: (..., in), a DTensor; or this process's part of it, where `weight` is a part too.
         weight: W0, a DTensor or this process's part of it.
         bias: a DTensor or a part, as `weight`; None where `weight` is a part and the columns of W0 are divided.
@@ -95,7 +96,7 @@ def linear(layout: Layout, A: Tensor, B: Tensor, x: Any, weight: Any, bias: Any 
         summed = [Partial()] if by_rows else None
         x = x.redistribute(placements=[Replicate() if by_rows else Shard(-1)]).to_local(grad_placements=summed)
     A_, B_ = (_shared(A, layout), _slice(B, layout, 0)) if by_rows else (_slice(A, layout, 1), _shared(B, layout))
-    y = ops.linear(x, _local(weight), A_, B_, _local(bias) if by_rows else None)
+    y = ops.linear(x, _local(weight), A_, B_, _local(bias) if by_rows else None, lora_r=lora_r)
     if not distributed:
         return y
     y = _whole(y, layout, Shard(-1) if by_rows else Partial(), layout.shape[0])
@@ -106,6 +107,7 @@ def embedding(
     layout: Layout,
     A: Tensor,
     B: Tensor,
+    lora_r: int,
     ids: Any,
     weight: Any,
     padding_idx: int | None = None,
@@ -118,8 +120,9 @@ def embedding(
 
     Args:
         layout: that of W0.
-        A: (r, num_embeddings), whole.
-        B: (dim, r), whole.
+        A: (r + lora_r, num_embeddings), A over L1, whole.
+        B: (dim, r + lora_r), B beside L2, whole.
+        lora_r: the rank of LoRA in them.
         ids: integers, a DTensor.
         weight: W0, a DTensor.
         padding_idx, scale_grad_by_freq, sparse: those of `F.embedding`.
@@ -142,7 +145,7 @@ def embedding(
     ids = ids.redistribute(placements=[Replicate()]).to_local()
     if layout.dim == 1:
         A_, B_ = _shared(A, layout), _slice(B, layout, 0)
-        y = ops.embedding(ids, local, A_, B_, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+        y = ops.embedding(ids, local, A_, B_, lora_r, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq)
         return _whole(y, layout, Shard(-1), layout.shape[1])
     _, start = layout.placement.local_shard_size_and_offset(layout.shape[0], layout.mesh.size(), _rank(layout))
     here = (ids >= start) & (ids < start + len(local))
@@ -150,17 +153,17 @@ def embedding(
         padding_idx = padding_idx - start if start <= padding_idx < start + len(local) else None
     # ids from elsewhere look the first row up; their gradients are zeros
     A_, B_ = _slice(A, layout, 1), _shared(B, layout)
-    y = ops.embedding((ids - start).where(here, 0), local, A_, B_, padding_idx=padding_idx)
+    y = ops.embedding((ids - start).where(here, 0), local, A_, B_, lora_r, padding_idx=padding_idx)
     return _whole(y.masked_fill(~here.unsqueeze(-1), 0), layout, Partial(), layout.shape[1])
 
 
-def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
+def compute(product: Product, layout: Layout, A: Tensor, B: Tensor, lora_r: int) -> Tensor:
     """Compute the product with W' in the place of one with W0, from the arguments of the parallel style.
 
     Args:
         product: the base layer's product.
         layout: that of W0.
-        A, B: the factors, whole.
+        A, B, lora_r: the factors, whole, and the rank of LoRA in them.
 
     Returns:
         The output, a DTensor where the base layer's is one.
@@ -174,7 +177,7 @@ def compute(product: Product, layout: Layout, A: Tensor, B: Tensor) -> Tensor:
             f"A weight is divided over processes in a layer that computes {product.function.__name__}; HiRA serves "
             "linear and embedding layers there. Leave the module out with exclude_modules."
         )
-    return function(layout, A, B, *product.args, **product.kwargs)
+    return function(layout, A, B, lora_r, *product.args, **product.kwargs)
 
 
 # by the functions that they replace

@@ -29,7 +29,7 @@ takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are"
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
-    """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``.
+    """A base layer with HiRA adapters on its weight, ``W' = W0 * (1 + BA)``, or with LoRA ``W0 * (1 + BA) + L2 L1``.
 
     Several active adapters act as one: ``W' = W0 * (1 + B1 A1 + B2 A2 + ...)`` is an adapter of the summed rank, and
     costs one product. Under dropout the base layer gets x and the update gets dropout(x). A base layer whose call does
@@ -45,9 +45,17 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     Source: HiRA (ICLR 2025), equation 5; parameter names from PEFT.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale")
+    adapter_layer_names: tuple[str, ...] = (
+        *("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+        *("hira_lora_A", "hira_lora_B"),
+    )
+    other_param_names: tuple[str, ...] = (
+        *("r", "lora_r", "hira_dropout", "weight_gradient", "scaling"),
+        *("alpha_scale", "lora_scale"),
+    )
+    # of HiRA's factors, and of LoRA's, L1 and L2, which an adapter has if its `lora_r` is not 0
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
+    lora_names: ClassVar[tuple[str, str]] = ("hira_lora_A", "hira_lora_B")
     # how the base layer stores its weight
     storage_type: type[Storage] = Storage
     # whether the model multiplies by `layer.weight` itself instead of calling the layer; then `weight` is W'
@@ -61,15 +69,19 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         # the module's name in the model, for messages
         self.name = ""
         self.r: dict[str, int] = {}
+        self.lora_r: dict[str, int] = {}
         self.hira_dropout = nn.ModuleDict()
         self.weight_gradient: dict[str, str] = {}
         self.scaling: dict[str, float] = {}
-        # what `hira_alpha` multiplies B by in this layer
+        # what `hira_alpha` multiplies B and L2 by in this layer
         self.alpha_scale: dict[str, float] = {}
+        self.lora_scale: dict[str, float] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
         self.hira_embedding_B = nn.ParameterDict()
+        self.hira_lora_A = nn.ParameterDict()
+        self.hira_lora_B = nn.ParameterDict()
         self._disable_adapters = False
         # what is merged into the base weight; see `merging`
         self.merged_adapters: list[str] = []
@@ -126,13 +138,13 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """What some adapters add to the base layer's output."""
         raise NotImplementedError
 
-    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W0 (out, in), A (r, in) and B (out, r) of a weight as the storage reads it."""
-        return W0, A, B
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """W0 (out, in), and A (r + lora_r, in) and B (out, r + lora_r), of a weight as the storage reads it."""
+        return W0, A, B, lora_r
 
-    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -> Tensor:
         """W' as the storage reads W0, tracked by autograd."""
-        return ops.modulated_weight(*self._matrices(W0, A, B)).view(W0.shape)
+        return ops.modulated_weight(*self._matrices(W0, A, B, lora_r)).view(W0.shape)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         """BA in the orientation in which the base layer stores its weight."""
@@ -156,16 +168,19 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.storage.check_here()
         alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
         alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
-        A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
-        if config.init_weights is not False:
-            self._init_factors(A, B, r, config.init_weights)
+        lora_r = getattr(config, "lora_r", 0)
+        factors = self._new_factors(r, config.init_weights)
+        lora_factors = self._new_factors(lora_r, config.init_weights) if lora_r else ()
         dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout > 0 else nn.Identity()
         self.hira_dropout.update({adapter_name: dropout})
-        self.r[adapter_name] = r
+        self.r[adapter_name], self.lora_r[adapter_name] = r, lora_r
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
         self.alpha_scale[adapter_name] = alpha_scale
-        self._set_factors(adapter_name, nn.Parameter(A), nn.Parameter(B))
+        self.lora_scale[adapter_name] = 1 if alpha is None or not lora_r else power_of_two(alpha / lora_r)
+        for name, value in zip((*self.factor_names, *self.lora_names), (*factors, *lora_factors), strict=False):
+            values: Any = self._modules[name]
+            values[adapter_name] = nn.Parameter(value)
         self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -173,29 +188,42 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
         check_init_weights(init_weights)
-        if init_weights is not False and adapter_name in self._factor_dicts[0]:
-            A, B = (factors[adapter_name] for factors in self._factor_dicts)
+        if init_weights is not False and self._present([adapter_name]):
+            factors = [of_all[adapter_name] for of_all in self.factor_dicts(adapter_name)]
+            ranks = self.r[adapter_name], self.lora_r[adapter_name]
             self.equal_on_all_processes.discard(adapter_name)
             with torch.no_grad():
-                self._init_factors(A, B, self.r[adapter_name], init_weights)
+                for A, B, r in zip(factors[::2], factors[1::2], ranks, strict=False):
+                    self._init_factors(A, B, r, init_weights)
 
-    def resize_adapter(self, adapter_name: str, r: int) -> None:
-        """Give an adapter another rank; its values are lost."""
-        for factors, shape in zip(self._factor_dicts, self._factor_shapes(r), strict=True):
-            old = factors[adapter_name]
-            factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
+    def _new_factors(self, r: int, init_weights: InitWeights) -> tuple[Tensor, Tensor]:
+        A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
+        if init_weights is not False:
+            self._init_factors(A, B, r, init_weights)
+        return A, B
+
+    def resize_adapter(self, adapter_name: str, r: int, lora_r: int | None = None) -> None:
+        """Give an adapter another rank, and its LoRA too if `lora_r` is not None; its values are lost."""
+        like = self._factor_dicts[0][adapter_name]
+        for factors in self.factor_dicts(adapter_name):
+            del factors[adapter_name]
         self.r[adapter_name] = r
+        self.lora_r[adapter_name] = lora_r = self.lora_r[adapter_name] if lora_r is None else lora_r
+        for factors, shape in zip(self.factor_dicts(adapter_name), self.shapes_of(r, lora_r), strict=True):
+            factors[adapter_name] = nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad)
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Give an adapter the rank and the values of another; nothing happens where the layer lacks the other."""
         if not self._present([source]):
             return
-        if self.r[target] != self.r[source]:
-            self.resize_adapter(target, self.r[source])
+        ranks = self.r[source], self.lora_r[source]
+        if ranks != (self.r[target], self.lora_r[target]):
+            self.resize_adapter(target, *ranks)
         with torch.no_grad():
-            for factors in self._factor_dicts:
+            for factors in self.factor_dicts(source):
                 factors[target].copy_(factors[source])
         self.alpha_scale[target] = self.alpha_scale[source]
+        self.lora_scale[target] = self.lora_scale[source]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         """Where PEFT moves an adapter to, and its dtype, unless that is one of integers."""
@@ -211,9 +239,18 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         A, B = self.factor_names
         return self._modules[A], self._modules[B]  # type: ignore[return-value]
 
-    def _set_factors(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
-        for factors, value in zip(self._factor_dicts, (A, B), strict=True):
-            factors[adapter_name] = value
+    def named_factor_dicts(self, name: str) -> list[tuple[str, nn.ParameterDict]]:
+        """The dictionaries with the factors of an adapter: those of A and B, and of L1 and L2 if it has a LoRA."""
+        names = (*self.factor_names, *self.lora_names) if self.lora_r[name] else self.factor_names
+        return [(factors, self._modules[factors]) for factors in names]  # type: ignore[misc]
+
+    def factor_dicts(self, name: str) -> list[nn.ParameterDict]:
+        """Those dictionaries without their names."""
+        return [factors for _, factors in self.named_factor_dicts(name)]
+
+    def shapes_of(self, r: int, lora_r: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the factors of an adapter with these ranks, in the order of `factor_dicts`."""
+        return (*self._factor_shapes(r), *self._factor_shapes(lora_r)) if lora_r else self._factor_shapes(r)
 
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
@@ -254,14 +291,26 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
         A, B = (self._factor(factors, name) for factors in self._factor_dicts)
-        scale = self._scale(name)
-        return (A, B) if scale == 1 else (A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
+        return A, _times(B, self._scale(name))
 
-    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """A and B of some adapters, joined to one adapter of the summed rank."""
-        if len(names) == 1:
-            return self._scaled(names[0])
-        As, Bs = zip(*map(self._scaled, names), strict=True)
+    def _scaled_lora(self, name: str) -> tuple[Tensor, Tensor]:
+        """L1 and L2 of an adapter, L2 times its scale."""
+        L1, L2 = (self._factor(factors, name) for factors in self.factor_dicts(name)[2:])
+        return L1, _times(L2, self.merged_scaling.get(name, self.scaling[name]) * self.lora_scale[name])
+
+    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
+        """A and B of some adapters, joined to one adapter of the summed rank, and the rank of LoRA in them.
+
+        The rows of L1 and the columns of L2 come last, behind those of A and B of all adapters.
+        """
+        lora_r = sum([self.lora_r[name] for name in names])
+        if len(names) == 1 and not lora_r:
+            return (*self._scaled(names[0]), 0)
+        pairs = [*map(self._scaled, names), *(self._scaled_lora(name) for name in names if self.lora_r[name])]
+        return (*self._joined(pairs), lora_r)
+
+    def _joined(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        As, Bs = zip(*pairs, strict=True)
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
@@ -281,7 +330,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return A, B
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return BA, the modulation less one, of an adapter.
+        """Return BA, the modulation less one, of an adapter, without its LoRA.
 
         Args:
             adapter: its name.
@@ -290,16 +339,20 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             BA, times the adapter's scale, in the shape of the base layer's weight as it is stored and the dtype of B;
             formed in float32 if that is a half precision. The additive update W0 * BA is `get_additive_delta`.
         """
-        A, B = self._factors([adapter])
+        A, B = self._joined([self._scaled(adapter)])
         dtype = formation_dtype(B.dtype)
         return self._delta(A.to(dtype), B.to(dtype)).to(self._factor_dicts[1][adapter].dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
-        """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
-        A, B = self._factors([adapter])
+        """Return ``W0 * BA + L2 L1``, what an adapter adds to the weight, in the weight's stored shape and dtype."""
         W0 = self._stored_orientation(merging.read_original(self).detach())
         dtype = formation_dtype(W0.dtype)
-        return (self._delta(A.to(dtype), B.to(dtype)) * W0).to(W0.dtype)
+        A, B = self._joined([self._scaled(adapter)])
+        delta = self._delta(A.to(dtype), B.to(dtype)) * W0
+        if self.lora_r[adapter]:
+            L1, L2 = self._joined([self._scaled_lora(adapter)])
+            delta = delta + self._delta(L1.to(dtype), L2.to(dtype))
+        return delta.to(W0.dtype)
 
     def _stored_orientation(self, W0: Tensor) -> Tensor:
         return W0
@@ -524,15 +577,23 @@ def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
             "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
         )
     rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
-    if not 0 < rms < math.inf:
-        return 1
-    exponent = round(math.log2(alpha / (r * rms)))
+    return power_of_two(alpha / (r * rms)) if 0 < rms < math.inf else 1
+
+
+def power_of_two(value: float) -> float:
+    """The power of two that is nearest to a positive number, by its logarithm; an integer where it is one."""
+    exponent = round(math.log2(value))
     return 2**exponent if exponent >= 0 else 2.0**exponent
 
 
 def acts(dropout: nn.Module) -> bool:
     """Whether a dropout changes its input now."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _times(B: Tensor, scale: float) -> Tensor:
+    """B times a scale, in float32 at least, or B itself for 1."""
+    return B if scale == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * scale
 
 
 def _check_scale(scale: Any, nonzero: bool = False) -> None:

@@ -121,7 +121,7 @@ def substituted_weight(layer: HiraLayer, names: Sequence[str]) -> Iterator[None]
         yield
 
 
-def _substitute_computed(layer: HiraLayer, factors: tuple[Tensor, Tensor], base: nn.Module, args: Any) -> None:
+def _substitute_computed(layer: HiraLayer, factors: tuple[Tensor, Tensor, int], base: nn.Module, args: Any) -> None:
     weight = layer._effective_weight(layer.storage.read(), *factors)
     base.__dict__[layer.storage.name] = layer._stored_orientation(weight)
 
@@ -174,6 +174,6 @@ def _product_for(layer: HiraLayer, names: Sequence[str], layout: Layout | None, 
         )
     for name in names:
         if name not in layer.equal_on_all_processes:
-            tensor_parallel.broadcast(layout, [factors[name] for factors in layer._factor_dicts])
+            tensor_parallel.broadcast(layout, [factors[name] for factors in layer.factor_dicts(name)])
             layer.equal_on_all_processes.add(name)
     return tensor_parallel.compute(product, layout, *layer._factors(names))

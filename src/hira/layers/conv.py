@@ -53,13 +53,14 @@ class ConvNd(HiraLayer):
         if pad is not None:
             x = F.pad(x, pad, mode="constant" if base.padding_mode == "zeros" else base.padding_mode)
         W0, dequantize = self.storage.saved_for_backward()
-        A, B = self._factors(names)
+        A, B, lora_r = self._factors(names)
         return ops.conv(
             x,
             W0,
             A,
             B,
             bias,
+            lora_r=lora_r,
             stride=base.stride,
             padding=padding,
             dilation=base.dilation,
@@ -74,8 +75,8 @@ class ConvNd(HiraLayer):
     def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
         return self._convolve(x if dropout is None else dropout(x), names, None, update_only=True)
 
-    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return W0.flatten(1), A.flatten(1), B.flatten(1)
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        return W0.flatten(1), A.flatten(1), B.flatten(1), lora_r
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B.flatten(1) @ A.flatten(1)).view(self.get_base_layer().weight.shape)

@@ -105,8 +105,8 @@ class Embedding(HiraLayer):
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)
 
-    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return W0, B.t(), A.t()
+    def _matrices(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        return W0, B.t(), A.t(), lora_r
 
     @contextmanager
     def _substituted(self, names: Sequence[str]) -> Iterator[None]:

@@ -101,30 +101,30 @@ class ParamWrapper(HiraLayer):
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self._num_experts * r, self.in_features), (self.out_features, r * self._num_experts)
 
-    def _factors(self, names: Any) -> tuple[Tensor, Tensor]:
-        """A (E, r, in) and B (E, out, r) of some adapters, joined to one adapter of the summed rank."""
+    def _joined(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A (E, r, in) and B (E, out, r) of factors as they are stored, joined to one pair of the summed rank."""
         E = self._num_experts
-        As, Bs = zip(*map(self._scaled, names), strict=True)
+        As, Bs = zip(*pairs, strict=True)
         A = torch.cat([A.reshape(E, -1, self.in_features) for A in As], dim=1)
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)
 
     def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        A, B = self._factors([name])
+        A, B = self._joined([self._scaled(name)])
         return list(zip(A.unbind(0), B.unbind(0), strict=True))
 
     def _stored_factors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         As, Bs = zip(*pairs, strict=True)
         return torch.cat(As), torch.stack(Bs, dim=2).flatten(1)
 
-    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, away: OffloadedTensor | None = None) -> LazyWeight:
-        """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, r, in) and B (E, out, r)."""
+    def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int, away: OffloadedTensor | None = None) -> LazyWeight:
+        """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, R, in) and B (E, out, R)."""
         stacked = self._is_stacked
         matrices = W0.unbind(0) if stacked else (W0,)
         if self._is_transposed:
             matrices = tuple(matrix.t() for matrix in matrices)
         experts = [
-            Expert(*parts, None if away is None else self._fetcher(away, e))
+            Expert(*parts, lora_r, None if away is None else self._fetcher(away, e))
             for e, parts in enumerate(zip(matrices, A.unbind(0), B.unbind(0), strict=True))
         ]
         return LazyWeight(
@@ -145,8 +145,8 @@ class ParamWrapper(HiraLayer):
 
         return fetch
 
-    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._lazy(W0, A, B).form()
+    def _effective_weight(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -> Tensor:
+        return self._lazy(W0, A, B, lora_r).form()
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         delta = torch.bmm(B, A)

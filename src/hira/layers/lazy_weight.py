@@ -22,11 +22,12 @@ from hira.ops.linear import Dequantize, WeightGradient, linear
 
 
 class Expert(NamedTuple):
-    """One expert's base weight and adapter; its effective weight is ``W' = W0 * (1 + BA)``."""
+    """One expert's base weight and adapter; its effective weight is ``W' = W0 * (1 + BA) + L2 L1``."""
 
     W0: Tensor  # (out, in)
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
+    A: Tensor  # (r + lora_r, in), A over L1
+    B: Tensor  # (out, r + lora_r), B beside L2
+    lora_r: int = 0
     dequantize: Dequantize | None = None  # what makes W0 of a tensor in its place
 
 
@@ -65,7 +66,7 @@ class LazyWeight(Tensor):
         weight_gradient: WeightGradient = "exact",
     ) -> LazyWeight:
         """Make the tensor; see the class."""
-        W0, A, B, _ = experts[0]
+        W0, A, B, *_ = experts[0]
         ids = list(ids)
         rows, columns = W0.shape[::-1] if transposed else W0.shape
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (W0, A, B))
@@ -122,13 +123,13 @@ class LazyWeight(Tensor):
         return torch.stack(matrices) if self.stacked else matrices[0]
 
     @staticmethod
-    def _form(W0: Tensor, A: Tensor, B: Tensor, dequantize: Dequantize | None) -> Tensor:
-        return modulated_weight(W0 if dequantize is None else dequantize(W0), A, B)
+    def _form(W0: Tensor, A: Tensor, B: Tensor, lora_r: int, dequantize: Dequantize | None) -> Tensor:
+        return modulated_weight(W0 if dequantize is None else dequantize(W0), A, B, lora_r)
 
     def _apply(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the product with W' of expert i."""
-        W0, A, B, dequantize = self.experts[i]
-        return linear(x, W0, A, B, bias, dequantize=dequantize, weight_gradient=self.weight_gradient)
+        W0, A, B, lora_r, dequantize = self.experts[i]
+        return linear(x, W0, A, B, bias, lora_r=lora_r, dequantize=dequantize, weight_gradient=self.weight_gradient)
 
     def _of(self, ids: list[int], *, stacked: bool) -> LazyWeight:
         return LazyWeight(
@@ -166,7 +167,7 @@ class _Whole(torch.autograd.Function):
         ctx: Any, expert: Expert, transposed: bool, kernel: torch.Size | None, W0: Tensor, A: Tensor, B: Tensor
     ) -> Tensor:
         ctx.save_for_backward(W0, A, B)
-        ctx.dequantize, ctx.transposed = expert.dequantize, transposed
+        ctx.lora_r, ctx.dequantize, ctx.transposed = expert.lora_r, expert.dequantize, transposed
         return LazyWeight([expert], [0], transposed=transposed, stacked=False, kernel=kernel)
 
     @staticmethod
@@ -176,8 +177,8 @@ class _Whole(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((W0, A, B), needed, strict=True)]
-            dense = leaves[0] if ctx.dequantize is None else ctx.dequantize(leaves[0])
-            weight = modulated_weight(dense, *leaves[1:])
+            W0, A, B = leaves
+            weight = modulated_weight(W0 if ctx.dequantize is None else ctx.dequantize(W0), A, B, ctx.lora_r)
         matrix = gradient.t() if ctx.transposed else gradient.reshape(weight.shape)
         found = iter(torch.autograd.grad(weight, [leaf for leaf in leaves if leaf.requires_grad], matrix))
         return None, None, None, *(next(found) if need else None for need in needed)
@@ -267,10 +268,10 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
     """Rows of a table (num_embeddings, dim), which is W'^T of an embedding."""
     if not _is_factor(weight, transposed=False, stacked=False) or isinstance(ids, LazyWeight) or args:
         return NotImplemented
-    W0, A, B, dequantize = weight.experts[weight.ids[0]]
+    W0, A, B, lora_r, dequantize = weight.experts[weight.ids[0]]
     table = W0 if dequantize is None else dequantize(W0)
     padding_idx = padding_idx if padding_idx is None else padding_idx % len(table)
-    return embedding(ids, table, B.t(), A.t(), padding_idx=padding_idx, **options)
+    return embedding(ids, table, B.t(), A.t(), lora_r, padding_idx=padding_idx, **options)
 
 
 _WAYS: dict[str, Callable[..., Any]] = {

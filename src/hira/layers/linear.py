@@ -79,13 +79,14 @@ class Linear(HiraLayer):
         storage = self.storage
         dtype = storage.compute_dtype
         W0, dequantize = storage.saved_for_backward()
-        A, B = self._factors(names)
+        A, B, lora_r = self._factors(names)
         y = ops.linear(
             x if dtype is None else x.to(dtype),
             W0,
             A,
             B,
             bias,
+            lora_r=lora_r,
             update_only=update_only,
             dequantize=dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
@@ -102,7 +103,7 @@ class Linear(HiraLayer):
         W0, dequantize = storage.saved_for_backward()
         if dequantize is not None:
             return None
-        sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
+        sources = [storage.stored, *(factors[name] for name in names for factors in self.factor_dicts(name))]
         dtype = effective_weight.product_dtype(x, sources[0].dtype)
         if (
             sources[0].is_meta
@@ -113,8 +114,7 @@ class Linear(HiraLayer):
         scales = [self._scale(name) for name in names]
         weight = inference_cache.get(self, sources, scales, dtype)
         if weight is None and heuristics.keeps_weight(x):
-            A, B = self._factors(names)
-            form = partial(effective_weight.form, W0, A, B, dtype)
+            form = partial(effective_weight.form, W0, *self._factors(names), dtype)
             weight = inference_cache.put(self, sources, scales, dtype, form)
         return weight
 

@@ -7,7 +7,7 @@ A layer remembers `merged_adapters`, with `merged_scaling` their scales, and in 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hira.layers.base import HiraLayer
 
 
+Factors = tuple[Tensor, Tensor, int]  # A, B and the rank of LoRA in them, as `HiraLayer._factors` joins them
+
+
 class Record(NamedTuple):
     """What a merged layer remembers: the weight before, and what it wrote, to notice a later change."""
 
@@ -32,15 +35,15 @@ class Record(NamedTuple):
     version: int
     kind: tuple[torch.dtype, torch.device]
     fingerprint: int | None  # none of a quantised weight, whose library may change its codes
-    factors: list[Tensor]  # copies of A and B; none where no adapter was merged
+    factors: Factors | None  # copies of A and B; None where no adapter was merged
 
 
 def keep_original(layer: HiraLayer) -> None:
     """Have other tuners merge into a copy of W0, so that adapters that are not merged go on acting on W0."""
     if layer.record is None:
         original = layer.storage.snapshot()
-        _write_merged(layer, [], original)
-        layer.record = _recorded(layer, original, [])
+        _write_merged(layer, None, original)
+        layer.record = _recorded(layer, original, None)
 
 
 def read_original(layer: HiraLayer) -> Tensor:
@@ -131,8 +134,8 @@ def _names_to_merge(layer: HiraLayer, adapter_names: list[str] | None) -> list[s
     return layer._present(check_adapters_to_merge(layer, adapter_names))
 
 
-def _write_merged(layer: HiraLayer, factors: Sequence[Tensor], original: Any) -> None:
-    """Write W' for A and B, or W0 for none, over the original weight, or leave the present one if that fails."""
+def _write_merged(layer: HiraLayer, factors: Factors | None, original: Any) -> None:
+    """Write W' for A and B, or W0 for None, over the original weight, or leave the present one if that fails."""
     storage, present = layer.storage, layer.storage.snapshot()
     try:
         storage.restore(original)
@@ -185,7 +188,10 @@ def _settle_merged(layer: HiraLayer, by_value: bool) -> None:
     storage.restore(record.original)
     is_original = torch.equal(storage.read(), found)
     storage.restore(present)
-    factors = _copies(layer, layer.merged_adapters) if is_original else [f.to(found.device) for f in record.factors]
+    factors = _copies(layer, layer.merged_adapters) if is_original else record.factors
+    if factors is not None:
+        A, B, lora_r = factors
+        factors = A.to(found.device), B.to(found.device), lora_r
     _write_merged(layer, factors, record.original)
     written = storage.read()
     # what was written may have been cast back and forth since
@@ -201,13 +207,16 @@ def _settle_merged(layer: HiraLayer, by_value: bool) -> None:
         _forget_merge(layer)
 
 
-def _copies(layer: HiraLayer, names: list[str]) -> list[Tensor]:
-    """A and B of some adapters, joined, as they are now; nothing for no adapter."""
+def _copies(layer: HiraLayer, names: list[str]) -> Factors | None:
+    """A and B of some adapters, joined, as they are now; None for no adapter."""
+    if not names:
+        return None
     with torch.inference_mode(False), torch.no_grad():
-        return [factor.clone() for factor in layer._factors(names)] if names else []
+        A, B, lora_r = layer._factors(names)
+        return A.clone(), B.clone(), lora_r
 
 
-def _recorded(layer: HiraLayer, original: Any, factors: list[Tensor]) -> Record:
+def _recorded(layer: HiraLayer, original: Any, factors: Factors | None) -> Record:
     storage = layer.storage
     weight = storage.read()
     fingerprint = _fingerprint(weight) if storage.takes_dense else None

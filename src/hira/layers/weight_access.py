@@ -64,10 +64,10 @@ def lazy_weight(layer: HiraLayer, names: Sequence[str], dequantize: Dequantize |
             reads = lambda _: storage.read()  # noqa: E731  # which says why it cannot be read
         else:
             stored, reads = storage.saved_for_backward()
-    A, B = layer._factors(names)
-    expert = Expert(*layer._matrices(stored, A, B))
+    factors = layer._factors(names)
+    expert = Expert(*layer._matrices(stored, *factors))
     if (read := dequantize or reads) is not None:
-        expert = expert._replace(dequantize=lambda _: layer._matrices(read(stored), A, B)[0])
+        expert = expert._replace(dequantize=lambda _: layer._matrices(read(stored), *factors)[0])
     return weight_of_layer(
         expert, transposed=isinstance(storage, Transposed), kernel=stored.shape if stored.dim() > 2 else None
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hira.ops import heuristics
 from hira.ops.dither import Noise, noise_of, round_into, rounded
-from hira.ops.effective_weight import no_autocast
+from hira.ops.effective_weight import no_autocast, split
 from hira.ops.workspace import formation_dtype
 
 
@@ -19,6 +19,7 @@ def embedding(
     W0: Tensor,
     A: Tensor,
     B: Tensor,
+    lora_r: int = 0,
     *,
     keep: Tensor | None = None,
     padding_idx: int | None = None,
@@ -30,15 +31,17 @@ def embedding(
 ) -> Tensor:
     """Look up rows of an adapted embedding table.
 
-    Equation: ``y[t] = W0[ids[t]] * (1 + keep[t] B A[:, ids[t]])``, or without the 1 with ``update_only``. The options
+    Equation: ``y[t] = W0[ids[t]] * (1 + keep[t] B A[:, ids[t]]) + keep[t] L2 L1[:, ids[t]]``, or without the 1 with
+    ``update_only``. The options
     are those of ``F.embedding(ids, W')``: what they do to the gradient of the table W' reaches A and B by the chain
     rule, and ``max_norm`` bounds the rows that are returned, W0 staying as it is.
 
     Args:
         ids: integers, any shape.
         W0: (num_embeddings, dim).
-        A: (r, num_embeddings). For several adapters, their A's stacked.
-        B: (dim, r). For several adapters, their B's side by side.
+        A: (r + lora_r, num_embeddings): A over L1. For several adapters, first their A's stacked.
+        B: (dim, r + lora_r): B beside L2. For several adapters, first their B's side by side.
+        lora_r: how many of the last rows of A, and columns of B, are those of L1 and L2; 0 for HiRA without LoRA.
         keep: a factor for each id on its update, of ids' shape; dropout's mask divided by 1 - p.
         padding_idx: the row that gives no gradient.
         max_norm, norm_type: rows of a larger norm are scaled down to it; the scale counts as a constant in backward.
@@ -65,10 +68,10 @@ def embedding(
     share = _gradient_share(flat, padding_idx, scale_grad_by_freq, dtype)
     y: Tensor
     if plain:
-        y = _modulated(rows, columns, B, noise, update_only)
+        y = _modulated(rows, columns, B, lora_r, noise, update_only)
         y = y if share is None else _sharing(y, share.unsqueeze(1))
     else:
-        y = _Rows.apply(rows, columns, B, noise, share, update_only)
+        y = _Rows.apply(rows, columns, B, lora_r, noise, share, update_only)
     y = y.view(*ids.shape, W0.shape[1])
     return y if max_norm is None else bound_norm(y, max_norm, norm_type)
 
@@ -80,7 +83,7 @@ def bound_norm(y: Tensor, max_norm: float, norm_type: float) -> Tensor:
 
 
 class _Rows(torch.autograd.Function):
-    """Rows (T, dim) of the table times 1 + columns (T, r) B^T, as `effective_weight.block` forms and rounds them."""
+    """Rows of W' of rows (T, dim) of the table and columns (T, r + lora_r), as `effective_weight.block` rounds them."""
 
     @staticmethod
     def forward(
@@ -88,13 +91,14 @@ class _Rows(torch.autograd.Function):
         rows: Tensor,
         columns: Tensor,
         B: Tensor,
+        lora_r: int,
         noise: Noise | None,
         share: Tensor | None,
         update_only: bool,
     ) -> Tensor:
-        ctx.update_only = update_only
+        ctx.lora_r, ctx.update_only = lora_r, update_only
         ctx.save_for_backward(rows, columns, B, share)
-        return _modulated(rows, columns, B, noise, update_only)
+        return _modulated(rows, columns, B, lora_r, noise, update_only)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,21 +109,28 @@ class _Rows(torch.autograd.Function):
             dy = (dy * share.to(dy.dtype)).masked_fill(share == 0, 0)
         drows = dcolumns = dB = None
         if need_rows:
-            BA = _product(rows, columns, B)
+            A, B_, _ = split(columns.t(), B, ctx.lora_r)
+            BA = _product(rows, A.t(), B_)
             drows = ((BA if ctx.update_only else BA + 1) * dy).to(rows.dtype)
         with no_autocast(dy.device):
+            # the columns of HiRA act on the rows of the table, those of LoRA add to them
             G = rows.to(formation_dtype(rows.dtype)) * dy
+            A, B_, lora = split(columns.t(), B, ctx.lora_r)
+            parts = [(G, A, B_)] if lora is None else [(G, A, B_), (dy.to(G.dtype), *lora)]
             if need_columns:
-                dcolumns = torch.mm(G, B.to(G.dtype)).to(columns.dtype)
+                dcolumns = torch.cat([torch.mm(g, b.to(G.dtype)) for g, _, b in parts], dim=1).to(columns.dtype)
             if need_B:
-                dB = torch.mm(G.t(), columns.to(G.dtype)).to(B.dtype)
-        return drows, dcolumns, dB, None, None, None
+                dB = torch.cat([torch.mm(g.t(), a.t().to(G.dtype)) for g, a, _ in parts], dim=1).to(B.dtype)
+        return drows, dcolumns, dB, None, None, None, None
 
 
-def _modulated(rows: Tensor, columns: Tensor, B: Tensor, noise: Noise | None, update_only: bool) -> Tensor:
-    BA = _product(rows, columns, B)
+def _modulated(rows: Tensor, columns: Tensor, B: Tensor, lora_r: int, noise: Noise | None, update_only: bool) -> Tensor:
+    A, B, lora = split(columns.t(), B, lora_r)
+    BA = _product(rows, A.t(), B)
     rows_ = rows.to(BA.dtype)
     exact = rows_ * BA if update_only else torch.addcmul(rows_, rows_, BA)
+    if lora is not None:
+        exact = exact + _product(rows, lora[0].t(), lora[1])
     if noise is None:
         return exact.to(rows.dtype)
     if heuristics.plain():

@@ -19,13 +19,13 @@ class Formed(NamedTuple):
     """W' and what it was formed from."""
 
     weight: Tensor  # (out, in)
-    sources: tuple[Tensor, Tensor, Tensor]  # W0 (out, in), A (r, in), B (out, r)
+    sources: tuple[Tensor, Tensor, Tensor, int]  # W0 (out, in), A (r + lora_r, in), B (out, r + lora_r), lora_r
 
 
 class _Recipe(NamedTuple):
     """How to form a view of W' again, and the versions of W0, A and B that it takes."""
 
-    sources: tuple[Tensor, Tensor, Tensor]
+    sources: tuple[Tensor, Tensor, Tensor, int]
     versions: list[int]
     dtype: torch.dtype
     size: torch.Size
@@ -41,9 +41,9 @@ class _Recipe(NamedTuple):
         return form(*self.sources, self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-def formed(W0: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Formed:
+def formed(W0: Tensor, A: Tensor, B: Tensor, lora_r: int = 0, dtype: torch.dtype | None = None) -> Formed:
     """Form W' as `modulated_weight` does, for `recomputed`; arguments are those of that function."""
-    return Formed(modulated_weight(W0, A, B, dtype), (W0, A, B))
+    return Formed(modulated_weight(W0, A, B, lora_r, dtype), (W0, A, B, lora_r))
 
 
 @contextmanager
@@ -100,8 +100,9 @@ def _can_nest() -> bool:
     return known and bool(_AUTOGRAD._saved_tensors_hooks_is_enabled())
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+def _versions(sources: tuple[Tensor, Tensor, Tensor, int]) -> list[int]:
+    W0, A, B, _ = sources
+    return [W0._version, A._version, B._version]
 
 
 def _storage(tensor: Tensor) -> int:

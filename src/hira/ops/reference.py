@@ -30,20 +30,22 @@ def delta(A: Tensor, B: Tensor) -> Tensor:
     return torch.einsum("ok,k...->o...", B.flatten(1), A)
 
 
-def modulated_weight(W0: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return the adapted weight ``W' = W0 * (1 + BA)``, entry by entry.
+def modulated_weight(W0: Tensor, A: Tensor, B: Tensor, L1: Tensor | None = None, L2: Tensor | None = None) -> Tensor:
+    """Return the adapted weight ``W' = W0 * (1 + BA)``, entry by entry, or with LoRA ``W0 * (1 + BA) + L2 L1``.
 
     Args:
         W0: (out, in) or (out, in / groups, *kernel).
         A: (r, in) or (r, in / groups, *kernel).
         B: (out, r) or (out, r, 1, ...).
+        L1, L2: the factors of LoRA, of the shapes of A and B with another rank; None without LoRA.
 
     Returns:
         W', of W0's shape.
 
     Source: HiRA (ICLR 2025), equation 5.
     """
-    return W0 * (1 + delta(A, B))
+    modulated = W0 * (1 + delta(A, B))
+    return modulated if L1 is None or L2 is None else modulated + delta(L1, L2)
 
 
 def linear(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ def loraplus(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     @functools.wraps(create)
     def wrapper(model: nn.Module, optimizer_cls: Any, *args: Any, **kwargs: Any) -> Optimizer:
         layers = [layer for layer in hira_layers(model) if not isinstance(layer, Embedding)]
-        ids = {id(B) for layer in layers for B in layer._factor_dicts[1].values()}
+        ids = {id(B) for layer in layers for Bs in (layer._factor_dicts[1], layer.hira_lora_B) for B in Bs.values()}
         if not ids:
             return create(model, optimizer_cls, *args, **kwargs)
 
@@ -70,6 +70,7 @@ def _matrices(layer: HiraLayer) -> Pairs:
     """A and B of each adapter that trains; none of embeddings and of stacked experts."""
     if isinstance(layer, Embedding | ParamWrapper):
         return []
-    As, Bs = layer._factor_dicts
-    pairs = [(As[name], Bs[name]) for name in As]
+    pairs = []
+    for As, Bs in (layer._factor_dicts, (layer.hira_lora_A, layer.hira_lora_B)):
+        pairs += [(As[name], Bs[name]) for name in As]
     return [(A, B) for A, B in pairs if A.dim() == 2 and A.requires_grad and B.requires_grad]

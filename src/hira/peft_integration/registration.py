@@ -36,6 +36,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from hira.base_weights.offloaded import device_map_hidden
 from hira.config import hira_config as config_module
 from hira.config.hira_config import HiraConfig
+from hira.files.io.recognise import PEFT_TYPES
 from hira.layers import bitsandbytes, dispatch
 from hira.layers.base import HiraLayer, takes_files_as_they_are
 from hira.layers.embedding import Embedding
@@ -86,7 +87,8 @@ def is_registered() -> bool:
 
 
 def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
-    yield peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.HIRA, HiraConfig
+    for saved_type in PEFT_TYPES:
+        yield peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, saved_type, HiraConfig
     yield peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, PeftType.HIRA, HiraModel
     yield peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PeftType.HIRA, HiraModel
     yield peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PeftType.HIRA, HiraModel.prefix
@@ -304,7 +306,7 @@ def _is_placed_and_gets_hira(model: nn.Module, model_id: Any, options: dict[str,
     where = ("subfolder", "revision", "cache_dir", "use_auth_token", "token")
     given = {name: options[name] for name in where if options.get(name) is not None}
     found = peft.PeftConfig._get_peft_type(model_id, **given)
-    return bool(found == PeftType.HIRA)
+    return found in PEFT_TYPES
 
 
 def _all_or_nothing(load_adapter: Callable[..., Any]) -> Callable[..., Any]:

@@ -320,7 +320,7 @@ class HiraModel(BaseTuner):
         others = kwargs.get("unwanted_adapter_names", ())
         for name, layer in model.named_modules():
             if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
-                for attribute, factors in zip(layer.factor_names, layer._factor_dicts, strict=True):
+                for attribute, factors in layer.named_factor_dicts(adapter_name):
                     path = f"{unwrapped(name)}.{attribute}"
                     key = f"{path}.{adapter_name}"
                     if key in state_dict:  # PEFT does not find it under FSDP's wrappers
@@ -341,7 +341,8 @@ class HiraModel(BaseTuner):
         )
         # PEFT does not look through wrappers that take themselves out of state dicts
         layers = [(unwrapped(name), layer) for name, layer in model.named_modules() if isinstance(layer, HiraLayer)]
-        for key in [f"{name}.{factor}" for name, layer in layers for factor in layer.factor_names]:
+        names = [(name, factor) for name, layer in layers for factor in (*layer.factor_names, *layer.lora_names)]
+        for key in [f"{name}.{factor}" for name, factor in names]:
             if key in remapped:
                 remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
         fit_to_checkpoint(model, config, adapter_name, remapped)

@@ -174,16 +174,17 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
 def scaled_by_alpha(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], *, divide: bool
 ) -> dict[str, Tensor]:
-    """A state dict with s B for the B of each layer, as a checkpoint has it, or, divided by s, with B as it trains.
+    """A state dict with s B for B and s L2 for L2 of each layer, as checkpoints have them; divided by s, as they train.
 
     The scales s of `hira_alpha` are powers of two, so nothing is rounded.
     """
     scaled = dict(state_dict)
     for name, layer in model.named_modules():
-        scale = layer.alpha_scale.get(adapter_name, 1) if isinstance(layer, HiraLayer) else 1
-        if scale != 1:
-            key = f"{unwrapped(name)}.{layer.factor_names[1]}.{adapter_name}"
-            if key in scaled:
+        if not isinstance(layer, HiraLayer):
+            continue
+        for factor, scales in ((layer.factor_names[1], layer.alpha_scale), (layer.lora_names[1], layer.lora_scale)):
+            key, scale = f"{unwrapped(name)}.{factor}.{adapter_name}", scales.get(adapter_name, 1)
+            if scale != 1 and key in scaled:
                 scaled[key] = scaled[key] / scale if divide else scaled[key] * scale
     return scaled
 
@@ -201,15 +202,16 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     for name, layer in model.named_modules():
         if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
             continue
-        keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
+        keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor, _ in layer.named_factor_dicts(adapter_name)]
         expected.update(keys)
         missing = [key for key in keys if key not in state_dict]
         problems += [f"{key} is missing" for key in missing]
         if missing:
             continue
         found = tuple(tuple(state_dict[key].shape) for key in keys)
-        shapes = layer._factor_shapes(layer.r[adapter_name])
-        if found != shapes and config.rank_pattern and found == layer._factor_shapes(config.r):
+        r, lora_r = layer.r[adapter_name], layer.lora_r[adapter_name]
+        shapes = layer.shapes_of(r, lora_r)
+        if found != shapes and config.rank_pattern and found == layer.shapes_of(config.r, lora_r):
             resized.append(layer)
         elif found != shapes:
             problems += [f"{k} is of shape {f}, not {s}" for k, f, s in zip(keys, found, shapes, strict=True) if f != s]

@@ -14,6 +14,7 @@ from torch import Tensor
 from hira.errors import HiraError
 from hira.files.inspect.inspect_adapter import MAX_DIM, check_adapter
 from hira.files.io.adapter_folder import PREFIX, Adapter, Factors, adapter_of, not_hira
+from hira.files.io.recognise import HILORA, NOT_OF_PEFT, PEFT_TYPES
 from hira.files.io.safetensors_file import all_finite
 from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 
@@ -78,7 +79,7 @@ def from_original(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         what = repr(other[0]) if other else "rand_R in its configuration"
         raise HiraError(f"The adapter has {what}: it was trained with another method than HiRA.")
     rank = config.get("r_ab")
-    if config.get("peft_type") == "HIRA":
+    if config.get("peft_type") in PEFT_TYPES:
         raise HiraError("The adapter has peft_type 'HIRA': it is one of PEFT's already; leave out --from original.")
     if config.get("peft_type") != "LORA" or "r" in config:
         raise HiraError(f"The adapter is not of the HiRA paper's repository: it has {not_hira(config)}")
@@ -117,8 +118,8 @@ def to_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor], LoraReport]:
     """Approximate a HiRA adapter by a LoRA adapter of some rank; this loses what is beyond that rank.
 
-    Equation: ``L = sum_{k <= rank} s_k u_k v_k^T`` for ``U = W0 * BA = sum_k s_k u_k v_k^T``, the best approximation of
-    that rank, as ``B = [sqrt(s_k) u_k]`` and ``A = [sqrt(s_k) v_k^T]`` with a scale of 1.
+    Equation: ``L = sum_{k <= rank} s_k u_k v_k^T`` for ``U = W0 * BA + L2 L1 = sum_k s_k u_k v_k^T``, the best
+    approximation of that rank, as ``B = [sqrt(s_k) u_k]`` and ``A = [sqrt(s_k) v_k^T]`` with a scale of 1.
 
     The singular vectors of the shorter side are eigenvectors of ``U^T U`` in float64, the others U times these; U is
     never whole. A layer of which a side is below the rank has zeros in what is left of its A and B.
@@ -149,7 +150,9 @@ def to_lora(
         W0 = weight_of(module)
         if W0 is None:
             raise HiraError(f"The base model has no weight for module {module!r}; LoRA needs it.")
-        laid_out = layer_matrices(module, *factors.pair(), factors.kind, W0, bool(config.get("fan_in_fan_out")))
+        lora = None if factors.lora is None else factors.lora.pair()
+        transposed = bool(config.get("fan_in_fan_out"))
+        laid_out = layer_matrices(module, *factors.pair(), factors.kind, W0, transposed, lora)
         left, right = _truncated(module, laid_out, rank)
         layer_lost, layer_total = _error(laid_out, left, right)
         layers.append(LayerError(module, math.sqrt(layer_lost / layer_total) if layer_total else 0.0))
@@ -171,7 +174,7 @@ def to_lora(
 def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the tensors of an adapter so that PEFT's own HiRA loads it and computes the same.
 
-    `weight_gradient` is removed, since the adapter's outputs do not depend on it. PEFT up to 0.21 ignores
+    Fields are removed that PEFT does not have, and that the adapter's outputs do not depend on. PEFT up to 0.21 ignores
     `rank_pattern` for a model's first adapter, so factors of several ranks get zeros up to the largest:
     ``[B 0] [A; 0] = BA``.
 
@@ -181,9 +184,12 @@ def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
     """
     _check(adapter, "which PEFT's own HiRA does not adapt")
-    config = {
-        key: value for key, value in adapter.config.items() if key not in ("weight_gradient", "target_parameters")
-    }
+    if adapter.config.get("peft_type") == HILORA:
+        raise HiraError(
+            "The adapter has a LoRA beside HiRA (lora_r), which PEFT's own HiRA does not have; merge it into the model "
+            "with `hira merge`, or approximate it by a LoRA with --to lora."
+        )
+    config = {key: value for key, value in adapter.config.items() if key not in NOT_OF_PEFT}
     ranks = {factors.rank for factors in adapter.modules.values()}
     if ranks == {config.get("r")} and not config.get("rank_pattern"):
         return config, dict(adapter.tensors)

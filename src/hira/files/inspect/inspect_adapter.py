@@ -50,23 +50,24 @@ class LayerReport:
         kind: "matrix", "embedding" or "convolution".
         shape: (out, in, *kernel), or (num_embeddings, dim) for an embedding.
         rank: r.
-        parameters: the number of entries of A and B.
+        lora_rank: the rank of the LoRA beside HiRA, 0 without; its L2 L1 is part of U, not of BA.
+        parameters: the number of entries of all factors.
         delta_norm: ``||BA||``.
         largest_delta: ``max |BA|``.
         near_minus_one: the number of entries with ``|1 + BA| < 0.01``, which the adapter all but switches off.
         near_minus_one_share: their share of all entries.
         delta: the singular values of BA.
         weight_norm: ``||W0||``.
-        update_norm: ``||W0 * BA||``.
-        relative_norm: ``||W0 * BA|| / ||W0||``; None too where W0 is zero.
-        bfloat16_lost: ``1 - <K, U> / ||U||^2`` with ``U = W0 * BA`` and ``K = W' - W0`` what is left of it in bfloat16,
+        update_norm: ``||U||`` of the update ``U = W0 * BA + L2 L1``.
+        relative_norm: ``||U|| / ||W0||``; None too where W0 is zero.
+        bfloat16_lost: ``1 - <K, U> / ||U||^2`` with ``K = W' - W0`` what is left of it in bfloat16,
             W' rounded as merging rounds it: with a dither where W0 is in half precision. 0 if merging loses nothing, 1
             if it loses all, below 0 by a little where rounding happens to add. None too where U is zero, or W' too
             large for bfloat16.
         bfloat16_lost_to_nearest: the same, W' rounded to nearest.
         bfloat16_unchanged: the share of the entries with ``U != 0`` where K, of W' as merging rounds it, is 0.
         weight: the singular values of W0.
-        update: those of ``W0 * BA``.
+        update: those of U.
     """
 
     name: str
@@ -87,6 +88,7 @@ class LayerReport:
     bfloat16_unchanged: float | None = None
     weight: Spectrum | None = None
     update: Spectrum | None = None
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def inspect(adapter: Adapter, weight_of: WeightOf | None = None, *, spectra: boo
             None if weight_of is None else weight_of(module),
             *factors.pair(),
             factors.kind,
+            lora=None if factors.lora is None else factors.lora.pair(),
             name=module,
             fan_in_fan_out=transposed,
             spectra=spectra,
@@ -191,6 +194,7 @@ def inspect_layer(
     B: Tensor,
     kind: Kind,
     *,
+    lora: tuple[Tensor, Tensor] | None = None,
     name: str = "",
     fan_in_fan_out: bool = False,
     spectra: bool = True,
@@ -208,6 +212,7 @@ def inspect_layer(
         A: (r, in, *kernel), or (r, num_embeddings).
         B: (out, r, 1, ...), or (dim, r).
         kind: the kind of the module.
+        lora: L1 and L2, laid out as A and B; None without LoRA.
         name: its name.
         fan_in_fan_out: whether a square weight of a linear layer is stored as (in, out).
         spectra: whether to find the singular values of W0 and of U.
@@ -220,14 +225,14 @@ def inspect_layer(
     memory for three matrices of n x n: about a minute for 4096 x 4096 on two cores. Above n = 8192 W0 and U have no
     spectra.
     """
-    pair = layer_matrices(name, A, B, kind, W0, fan_in_fan_out)
+    pair = layer_matrices(name, A, B, kind, W0, fan_in_fan_out, lora)
     columns = pair.right.shape[1]
     known = W0 is not None and spectra and columns <= MAX_DIM
     sums, grams = _Sums(pair), [pair.left.new_zeros(columns, columns, dtype=torch.float64) for _ in range(2 * known)]
     for rows, weight, delta in pair.blocks():
         sums.add_delta(delta)
         if weight is not None:
-            update = weight * delta
+            update = pair.update(rows, weight, delta)
             sums.add_update(rows, weight, update)
             for gram, matrix in zip(grams, (weight, update), strict=False):
                 gram.addmm_(matrix.t(), matrix)
@@ -246,7 +251,8 @@ def inspect_layer(
         kind=kind,
         shape=(out, *inputs),
         rank=A.shape[0],
-        parameters=A.numel() + B.numel(),
+        lora_rank=0 if lora is None else lora[0].shape[0],
+        parameters=sum(factor.numel() for factor in (A, B, *(lora or ()))),
         delta_norm=math.sqrt(sums.delta),
         largest_delta=sums.largest,
         near_minus_one=sums.near,

@@ -108,7 +108,7 @@ def table(report: Report) -> Table:
         result.add_column(title, justify="right", no_wrap=True)
     for layer in report.layers:
         numbers = [written(measure, layer) for measure in measures(report)]
-        result.add_row(Text(printable(layer.name)), _shape(layer), str(layer.rank), *numbers)
+        result.add_row(Text(printable(layer.name)), _shape(layer), _ranks(layer), *numbers)
     return result
 
 
@@ -128,7 +128,7 @@ def overview(report: Report, width: int) -> Iterator[Table | str]:
     columns = [
         ["n", *(str(len(layers)) for layers in kinds.values())],
         ["shape", *(_one_of({_shape(layer) for layer in layers}) for layers in kinds.values())],
-        ["r", *(_one_of({str(layer.rank) for layer in layers}) for layers in kinds.values())],
+        ["r", *(_one_of({_ranks(layer) for layer in layers}) for layers in kinds.values())],
         *([measure.title, *(written(measure, *layers) for layers in kinds.values())] for measure in chosen),
     ]
     yield "Each kind of module: means over its layers, of max |BA| the largest"
@@ -145,13 +145,21 @@ def overview(report: Report, width: int) -> Iterator[Table | str]:
         yield f"\n{chosen[0].title} of each layer {printable(head)}*"
         yield from _tables(["layer", *(row.removeprefix(head) for row in rows)], columns, width)
     if report.layers[0].update_norm is not None:
-        yield "\nU = W₀⊙BA; erank, srank: effective and stable rank; lost: share of U that"
+        sum_of = "W₀⊙BA + L₂L₁" if any(layer.lora_rank for layer in report.layers) else "W₀⊙BA"
+        yield f"\nU = {sum_of}; erank, srank: effective and stable rank; lost: share of U that"
         yield "bfloat16 loses as hira merge rounds; lost near: rounded to nearest\n"
+
+
+def _ranks(layer: LayerReport) -> str:
+    """The rank of HiRA, and that of the LoRA beside it."""
+    return f"{layer.rank}+{layer.lora_rank}" if layer.lora_rank else str(layer.rank)
 
 
 def in_words(report: Report) -> Iterator[str]:
     """Yield sentences on the whole adapter: what it is, where its update is largest, and what bfloat16 loses of it."""
     ranks = _one_of({str(layer.rank) for layer in report.layers})
+    if any(layer.lora_rank for layer in report.layers):
+        ranks += f" with LoRA of rank {_one_of({str(layer.lora_rank) for layer in report.layers})}"
     base = report.config.get("base_model_name_or_path")
     trained = f", trained on {printable(base)}" if isinstance(base, str) and base else ""
     yield f"HiRA of rank {ranks} on {len(report.layers)} modules, {report.parameters:,} parameters{trained}."

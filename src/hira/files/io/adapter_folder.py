@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from hira.errors import HiraError
 from hira.files.io.hub import ON_HUB, located
-from hira.files.io.recognise import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_TENSORS, not_an_adapter
+from hira.files.io.recognise import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_TENSORS,
+    HILORA,
+    PEFT_TYPES,
+    not_an_adapter,
+)
 from hira.files.io.safe_paths import inside, opened_folder
 from hira.files.io.safetensors_file import Header, all_finite, read_header, read_tensor
 from hira.files.io.strict_json import read_object
@@ -22,7 +29,8 @@ from hira.files.io.strict_json import read_object
 PREFIX = "base_model.model."
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _PIECE = 1 << 22  # entries that are looked at at a time
-_PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B"}
+_LORA = ("hira_lora_A", "hira_lora_B")
+_PAIRS: dict[str, str] = {"hira_A": "hira_B", "hira_embedding_A": "hira_embedding_B", _LORA[0]: _LORA[1]}
 
 # modules that torch.compile, FSDP and activation checkpointing put around others, under these names
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -94,6 +102,7 @@ class Factors:
         kind: "embedding" and "convolution" are known by name and shape; a "matrix" may be that of a linear layer, of
             attention, or of stacked experts, which only the base model tells.
         parts: the factors that these are joined from, as `stacked` takes them; none for those that are in the file.
+        lora: L1 and L2, factors of the same kind that are added to the weight; None without LoRA.
     """
 
     tensors: Mapping[str, Tensor]
@@ -101,6 +110,7 @@ class Factors:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     kind: Kind
     parts: tuple[tuple[Factors, ...], ...] = ()
+    lora: Factors | None = None
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Read A and B."""
@@ -115,8 +125,13 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The rank; for stacked experts the sum of theirs."""
+        """The rank of BA; for stacked experts the sum of theirs."""
         return self.shapes[0][0]
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of L2 L1 likewise; 0 without LoRA."""
+        return 0 if self.lora is None else self.lora.rank
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def read_adapter(path: str | os.PathLike[str], allow_pickle: bool = False) -> Ad
             other, or their ranks differ. The message names file and tensor.
     """
     root, config = read_config(path)
-    if config.get("peft_type") != "HIRA":
+    if config.get("peft_type") not in PEFT_TYPES:
         raise HiraError(f"{root / ADAPTER_CONFIG} has {not_hira(config)}")
     return adapter_of(root, config, read_tensors(root, allow_pickle))
 
@@ -240,6 +255,7 @@ def adapter_of(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     found = dtypes_and_shapes(tensors)
     described = {name: found[key] for name, key in keys.items()}
     modules: dict[str, Factors] = {}
+    lora: dict[str, Factors] = {}
     others: dict[str, str] = {}
     for key, (dtype, _) in described.items():
         what = f"tensor {keys[key]!r} of the adapter {path}"
@@ -259,13 +275,39 @@ def adapter_of(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
         if absent:
             raise HiraError(f"{what} lacks the other factor, {absent[0]!r}; the file is not complete.")
         in_file = keys[pair[0]], keys[pair[1]]
-        if module in modules and modules[module].keys != in_file:
+        found_of = lora if first == _LORA[0] else modules
+        if module in found_of and found_of[module].keys != in_file:
             raise HiraError(f"{what}: its module has the factors of an embedding and others too.")
         A, B = (described[name][1] for name in pair)
-        modules[module] = Factors(tensors, in_file, (A, B), _kind(what, A, B, "embedding" in last))
+        found_of[module] = Factors(tensors, in_file, (A, B), _kind(what, A, B, "embedding" in last))
     if not modules:
         raise HiraError(f"the adapter {path} has no factors of HiRA; there is nothing to apply.")
+    for module, added in lora.items():
+        modules[module] = _with_lora(path, module, modules.get(module), added)
+    _check_type(path, config, lora)
     return Adapter(path, config, tensors, modules, others)
+
+
+def _with_lora(path: Path, module: str, factors: Factors | None, lora: Factors) -> Factors:
+    """The factors of a module with those of its LoRA, once it is sure that they belong together."""
+    what = f"tensor {lora.keys[0]!r} of the adapter {path}"
+    if factors is None:
+        raise HiraError(
+            f"{what} is of a LoRA beside HiRA, but its module has no factors of HiRA; the file is not complete."
+        )
+    ends = [(A[1:], B[:1]) for A, B in (factors.shapes, lora.shapes)]
+    if ends[0] != ends[1]:
+        raise HiraError(f"{what} is of a LoRA with factors {lora.shapes} beside those of HiRA, {factors.shapes}.")
+    return replace(factors, lora=replace(lora, kind=factors.kind))
+
+
+def _check_type(path: Path, config: Mapping[str, Any], lora: Mapping[str, Factors]) -> None:
+    """Refuse a configuration that is of HiRA alone where the tensors have a LoRA, and the reverse."""
+    if bool(lora) != (config.get("peft_type") == HILORA):
+        raise HiraError(
+            f"{path / ADAPTER_CONFIG} has peft_type {config.get('peft_type')!r}, but the tensors have "
+            f"{'a LoRA' if lora else 'no LoRA'} beside HiRA; the files are of two adapters."
+        )
 
 
 def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

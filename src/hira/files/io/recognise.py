@@ -1,4 +1,4 @@
-"""The names of files in models' and adapters' folders, and messages about a folder of another kind than expected."""
+"""The names of files, types and fields in models' and adapters' folders, and messages about other folders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# the types of adapters in their files: HiRA, and HiRA with LoRA, which PEFT's own HiRA does not know, and refuses
+HILORA = "HILORA"
+PEFT_TYPES = ("HIRA", HILORA)
+# fields of an adapter's configuration that PEFT's HiraConfig does not have, with their defaults
+NOT_OF_PEFT = {"weight_gradient": "exact", "target_parameters": None, "hira_alpha": None, "lora_r": 0}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"

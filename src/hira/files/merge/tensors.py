@@ -99,7 +99,7 @@ def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: to
 def merged_parts(
     matrix: StoredMatrix,
     rows: slice,
-    factors: Callable[[], tuple[Tensor, Tensor]],
+    factors: Callable[[], tuple[Tensor, Tensor, int]],
     *,
     transposed: bool,
     stored: torch.dtype,
@@ -107,12 +107,12 @@ def merged_parts(
     dither: bool | None,
     what: str,
 ) -> Iterator[Part]:
-    """Yield the parts of some rows of ``W' = W0 * (1 + BA)``, formed by the blocks by which the layers form it.
+    """Yield the parts of some rows of ``W' = W0 * (1 + BA) + L2 L1``, formed by the blocks by which the layers form it.
 
     Args:
         matrix: W0, as it is stored.
         rows: which of its rows to form.
-        factors: returns A (r, in) and B (out, r).
+        factors: returns A (r + lora_r, in), A over L1, B (out, r + lora_r), B beside L2, and lora_r.
         transposed: whether W0 is stored as (in, out); such a matrix is read whole.
         stored: the dtype in which the base layer has W0.
         dtype: the dtype of W'.

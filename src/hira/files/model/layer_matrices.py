@@ -21,12 +21,14 @@ class LayerMatrices(NamedTuple):
     Args:
         left: (rows, r).
         right: (r, columns).
+        lora: (rows, lora_r) and (lora_r, columns), whose product is added to the weight; None without LoRA.
         W0: (rows, columns) or None.
         transposed: whether the rows are the layer's inputs, or an embedding's dimensions, and not its outputs or rows.
     """
 
     left: Tensor
     right: Tensor
+    lora: tuple[Tensor, Tensor] | None
     W0: Tensor | None
     transposed: bool
 
@@ -39,15 +41,26 @@ class LayerMatrices(NamedTuple):
             W0 = None if self.W0 is None else self.W0[where].double()
             yield where, W0, self.left[where].double() @ right
 
+    def update(self, where: slice, W0: Tensor, delta: Tensor) -> Tensor:
+        """W0 * BA + L2 L1 of a block of rows that `blocks` yields."""
+        update = W0 * delta
+        return update if self.lora is None else update.addmm_(self.lora[0][where].double(), self.lora[1].double())
+
     def updates(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows of W0 * BA in float64, and where they are."""
+        """Yield blocks of rows of W0 * BA + L2 L1 in float64, and where they are."""
         for where, W0, delta in self.blocks():
             assert W0 is not None
-            yield where, W0 * delta
+            yield where, self.update(where, W0, delta)
 
 
 def layer_matrices(
-    module: str, A: Tensor, B: Tensor, kind: Kind, W0: Tensor | None, fan_in_fan_out: bool = False
+    module: str,
+    A: Tensor,
+    B: Tensor,
+    kind: Kind,
+    W0: Tensor | None,
+    fan_in_fan_out: bool = False,
+    lora: tuple[Tensor, Tensor] | None = None,
 ) -> LayerMatrices:
     """Lay a module's tensors out as matrices of one orientation; convolutions are flattened.
 
@@ -57,9 +70,12 @@ def layer_matrices(
     Raises:
         HiraError: the weight is not finite.
     """
-    left, right = B.flatten(1), A.flatten(1)  # (out, r), (r, in)
+    products = [(B.flatten(1), A.flatten(1))]  # (out, r), (r, in)
+    if lora is not None:
+        products.append((lora[1].flatten(1), lora[0].flatten(1)))
     if kind == "embedding":
-        left, right = right.t(), left.t()  # (num, r), (r, dim)
+        products = [(right.t(), left.t()) for left, right in products]  # (num, r), (r, dim)
+    (left, right), *_ = products
     if W0 is not None:
         if not bool(torch.isfinite(W0).all()):
             raise HiraError(f"The weight of module {module!r} holds NaN or infinity: the base model's file is damaged.")
@@ -67,7 +83,9 @@ def layer_matrices(
         if kind == "matrix" and (W0.shape != shape or (fan_in_fan_out and shape == shape[::-1])):
             W0 = W0.t()
         W0 = W0.flatten(1)
-        left, right = left.to(W0.device), right.to(W0.device)
-    if left.shape[0] >= right.shape[1]:
-        return LayerMatrices(left, right, W0, False)
-    return LayerMatrices(right.t(), left.t(), None if W0 is None else W0.t(), True)
+        products = [(left.to(W0.device), right.to(W0.device)) for left, right in products]
+    transposed = left.shape[0] < right.shape[1]
+    if transposed:
+        products, W0 = [(right.t(), left.t()) for left, right in products], None if W0 is None else W0.t()
+    (left, right), *added = products
+    return LayerMatrices(left, right, added[0] if added else None, W0, transposed)

@@ -150,7 +150,8 @@ def _fingerprint(adapter: Adapter) -> str:
     """A SHA-256 of an adapter's factors, which does not depend on the file that holds them."""
     digest = hashlib.sha256()
     for module, factors in sorted(adapter.modules.items()):
-        for factor in factors.pair():
-            digest.update(json.dumps([module, str(factor.dtype), *factor.shape]).encode())
-            digest.update(tensor_bytes(factor))
+        for pair in (factors, *([factors.lora] if factors.lora is not None else [])):
+            for factor in pair.pair():
+                digest.update(json.dumps([module, str(factor.dtype), *factor.shape]).encode())
+                digest.update(tensor_bytes(factor))
     return digest.hexdigest()

@@ -35,17 +35,20 @@ class Target:
     transposed: bool
     factors: list[tuple[Factors, float]] = field(default_factory=list)
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Read for each matrix A (r, in) and B (out, r) of the summed rank, so that ``W' = W0 * (1 + BA)``.
+    def pairs(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Read for each matrix A and B of the summed rank, and the rank of LoRA in them.
 
-        For a parameter stored as (in, out) they are those of its transpose. A convolution's kernels are flattened.
+        They are joined as `ops.linear` takes them, the rows of L1 and the columns of L2 last. For a parameter stored as
+        (in, out) they are those of its transpose. A convolution's kernels are flattened.
         """
-        As, Bs = zip(*(_weighted(factors, weight) for factors, weight in self.factors), strict=True)
+        lora = [(factors.lora, weight) for factors, weight in self.factors if factors.lora is not None]
+        As, Bs = zip(*(_weighted(factors, weight) for factors, weight in (*self.factors, *lora)), strict=True)
+        lora_r = sum(factors.rank for factors, _ in lora)
         if self.experts is None:
-            return [(torch.cat(As), torch.cat(Bs, dim=1))]
+            return [(torch.cat(As), torch.cat(Bs, dim=1), lora_r)]
         A = torch.cat([A.reshape(self.experts, -1, A.shape[1]) for A in As], dim=1)
         B = torch.cat([B.reshape(len(B), -1, self.experts) for B in Bs], dim=1).permute(2, 0, 1)
-        return list(zip(A.unbind(0), B.unbind(0), strict=True))
+        return [(A[e], B[e], lora_r // self.experts) for e in range(self.experts)]
 
 
 class SavedParameter(NamedTuple):
@@ -156,6 +159,11 @@ def _renamed(parameters: Parameters, adapter: Adapter) -> Adapter:
             continue
         parts = tuple(tuple(adapter.modules[modules.pop(tensor)] for tensor in each) for each in location.tensors)
         if location.stacked:
+            if any(part.lora is not None for each in parts for part in each):
+                raise HiraError(
+                    f"The adapter {adapter.path} has a LoRA beside HiRA on matrices that {name} of "
+                    f"{parameters.folder.path} stacks; such factors are not joined. {IN_MEMORY}"
+                )
             (first, *_), *_ = parts
             pairs = [[tuple(torch.empty(s, device="meta") for s in part.shapes) for part in each] for each in parts]
             A, B = stacked(f"{name} of {parameters.folder.path}", pairs)  # type: ignore[arg-type]
@@ -248,6 +256,8 @@ def _target(
 def _fitting(name: str, shape: tuple[int, ...], factors: Factors, known: bool | None) -> list[Target]:
     """The ways in which factors fit a parameter; `known` is whether it is stored as (in, out)."""
     A, B = factors.shapes
+    if len(shape) == 3 and factors.lora_rank % max(shape[0], 1):
+        return []
     if factors.kind != "matrix":
         whole = (B[0], *A[1:]) if factors.kind == "convolution" else (A[1], B[0])
         return [Target(name, None, False)] if shape == whole else []
