@@ -344,9 +344,9 @@ def test_mixed_batches_are_refused_unless_they_ask_for_the_active_adapter():
 
 def test_the_merged_weight_is_that_of_one_expert_at_a_time():
     wrapper = wrapper_of(adapt(model_of("mixtral")))
-    A, B = wrapper._factors(["default"])
-    found = wrapper._effective_weight(wrapper.storage.read(), A, B)
+    A, B, _ = wrapper._factors(["default"])
+    found = wrapper._effective_weight(wrapper.storage.read(), A, B, 0)
     assert all(
-        torch.equal(found[e], effective_weight.form(wrapper.storage.stored[e], A[e], B[e], torch.float32))
+        torch.equal(found[e], effective_weight.form(wrapper.storage.stored[e], A[e], B[e], 0, torch.float32))
         for e in range(E)
     )

@@ -138,7 +138,7 @@ def test_what_bfloat16_loses_is_what_merging_loses(layer, dtype, monkeypatch):
     W0, A, B, kind = tensors(layer, dtype, scale=0.05)
     report = inspect_layer(W0, A, B, kind)
     left, right = (A.t(), B.t()) if kind == "embedding" else (B.flatten(1), A.flatten(1))
-    merged = form(W0.flatten(1), right, left, torch.bfloat16)
+    merged = form(W0.flatten(1), right, left, 0, torch.bfloat16)
     kept = merged.double() - W0.flatten(1).bfloat16().double()
     update = whole(W0, A, B, kind)[2]
     assert report.bfloat16_lost == pytest.approx(1 - float((kept * update).sum() / update.square().sum()), abs=1e-4)

@@ -43,7 +43,9 @@ def changed(found: dict[str, Tensor], base: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_files_are_those_that_peft_saves(name, dtype, count, tmp_path):
     case, shard = CASES[name], None if (count == 1) == (dtype == torch.float32) else SHARD
-    configs = [case.config(r=2 + i, rank_pattern={case.targets[0]: 1} if i == 1 else {}) for i in range(count)]
+    configs = [
+        case.config(r=2 + i, lora_r=i, rank_pattern={case.targets[0]: 1} if i == 1 else {}) for i in range(count)
+    ]
     folders = made(tmp_path, case.build().to(dtype), configs, shard=shard)
     report, out = folders.merge()
     found, base = tensors_of(out), tensors_of(folders.base)

@@ -303,13 +303,18 @@ class HiraLayer(nn.Module, BaseTunerLayer):
 
         The rows of L1 and the columns of L2 come last, behind those of A and B of all adapters.
         """
-        lora_r = sum([self.lora_r[name] for name in names])
-        if len(names) == 1 and not lora_r:
-            return (*self._scaled(names[0]), 0)
-        pairs = [*map(self._scaled, names), *(self._scaled_lora(name) for name in names if self.lora_r[name])]
+        pairs, lora_r = [], 0
+        for name in names:
+            pairs.append(self._scaled(name))
+        for name in names:
+            if self.lora_r[name]:
+                pairs.append(self._scaled_lora(name))
+                lora_r += self.lora_r[name]
         return (*self._joined(pairs), lora_r)
 
     def _joined(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if len(pairs) == 1:
+            return pairs[0]
         As, Bs = zip(*pairs, strict=True)
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)

@@ -256,12 +256,11 @@ def _target(
 def _fitting(name: str, shape: tuple[int, ...], factors: Factors, known: bool | None) -> list[Target]:
     """The ways in which factors fit a parameter; `known` is whether it is stored as (in, out)."""
     A, B = factors.shapes
-    if len(shape) == 3 and factors.lora_rank % max(shape[0], 1):
-        return []
     if factors.kind != "matrix":
         whole = (B[0], *A[1:]) if factors.kind == "convolution" else (A[1], B[0])
         return [Target(name, None, False)] if shape == whole else []
-    if len(shape) not in (2, 3) or (len(shape) == 3 and A[0] % max(shape[0], 1)):
+    ranks = (factors.rank, factors.lora_rank)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and any(rank % max(shape[0], 1) for rank in ranks)):
         return []
     experts = shape[0] if len(shape) == 3 else None
     ways = {False: (B[0], A[1]), True: (A[1], B[0])}
