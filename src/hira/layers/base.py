@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -18,6 +18,7 @@ from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
+from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
@@ -26,6 +27,12 @@ from hira.version import __version__
 
 # whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
 takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
+
+_NEEDS_WEIGHT = (
+    "hira_alpha scales each layer's adapter by the size of its weight, which cannot be read here. Load the base "
+    "model's weights, and have them quantised, before it is adapted, and adapt it before it is sharded; or leave "
+    "hira_alpha out."
+)
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
@@ -154,8 +161,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
-        alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
-        alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
+        alpha_scale = self._alpha_scale_of(config, r)
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
             self._init_factors(A, B, r, config.init_weights)
@@ -169,6 +175,17 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _alpha_scale_of(self, config: Any, r: int) -> float:
+        """What the `hira_alpha` of a configuration multiplies B by in this layer; 1 without one."""
+        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
+        if alpha is None or takes_files_as_they_are.get():
+            return 1
+        try:
+            W0 = merging.read_original(self)
+        except HiraError as error:
+            raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
+        return scale_of_alpha(alpha, math.sqrt(r) if config.use_rslora else r, W0)
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
@@ -499,7 +516,12 @@ class HiraLayer(nn.Module, BaseTunerLayer):
                 f"The pickle holds a {type(self).__name__} of PEFT's own HiRA, and not of hira. Load it without hira, "
                 "or after hira.unregister(), save its adapter with save_pretrained, and load that with hira."
             )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "record" not in state and state.get("merged_adapters"):
+            raise HiraError(
+                f"The pickle holds a {type(self).__name__} that an older hira merged, which kept W0 otherwise. "
+                "Unpickle and unmerge it there; then pickle it again, or save its adapter with save_pretrained."
+            )
+        super().__setstate__({**_absent_from_older_pickles(state["r"]), **state})  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "hira." + super().__repr__()
@@ -509,8 +531,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return f"hira {__version__}"
 
 
-def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
-    """The power of two that is nearest to ``alpha / (r rms(W0))``.
+def scale_of_alpha(alpha: float, r: float, W0: Tensor) -> float:
+    """The power of two that is nearest to ``alpha / (r rms(W0))``, with the square root of the rank for r if so set.
 
     A step of Adam at some rate changes W' by that times as much as if B had no scale: as much as it changes the weight
     of a LoRA of this alpha and rank, alpha / r times its BA.
@@ -518,16 +540,26 @@ def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
     Raises:
         HiraError: W0 has no values here: it is on the meta device, or in other processes.
     """
-    if W0.is_meta or W0.numel() == 0:
-        raise HiraError(
-            "hira_alpha scales each layer's adapter by the size of its weight, which has no values here. Load the base "
-            "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
-        )
+    if W0.is_meta or W0.numel() == 0 or is_dtensor(W0):
+        raise HiraError(_NEEDS_WEIGHT)
     rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
     if not 0 < rms < math.inf:
         return 1
     exponent = round(math.log2(alpha / (r * rms)))
     return 2**exponent if exponent >= 0 else 2.0**exponent
+
+
+def _absent_from_older_pickles(names: Iterable[str]) -> dict[str, Any]:
+    """Attributes that layers did not always have."""
+    return {
+        "name": "",
+        "scaling": dict.fromkeys(names, 1),
+        "alpha_scale": dict.fromkeys(names, 1),
+        "merged_scaling": {},
+        "record": None,
+        "others_merged": False,
+        "equal_on_all_processes": set(),
+    }
 
 
 def acts(dropout: nn.Module) -> bool:

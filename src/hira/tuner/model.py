@@ -16,7 +16,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_H
 from torch import Tensor, nn
 
 from hira.base_weights import offloaded
-from hira.config.hira_config import check_config, rank_of
+from hira.config.hira_config import check_config, config_of_module, rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.layers import merging
@@ -30,7 +30,7 @@ from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped
 from hira.tuner.transaction import unchanged_on_error
-from hira.tuner.weighted_adapters import SignMethod, add_weighted_adapter
+from hira.tuner.weighted_adapters import SignMethod, Svd, add_weighted_adapter
 
 STOCK_PACKAGE = "peft.tuners.hira"
 _EXPAND = "_expand_inputs_for_generation"
@@ -123,7 +123,7 @@ class HiraModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         current_key = plain_name(current_key)
-        r = rank_of(hira_config, current_key)
+        r, hira_config = rank_of(hira_config, current_key), config_of_module(hira_config, current_key)
         found = _hira_layer_in(target)
         if found is not None and found.parameter_name == parameter_name:
             # attention adapts its output layer too
@@ -269,6 +269,9 @@ class HiraModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = False,
+        svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: SignMethod = "total",
     ) -> None:
@@ -282,6 +285,11 @@ class HiraModel(BaseTuner):
                 `svd_rank` that is nearest to it; "ties", "dare_linear", "dare_ties" or "magnitude_prune", with or
                 without "_svd" at the end, for what these methods make of the matrices B_i A_i, of `svd_rank` too.
             svd_rank: that rank; by default the largest of the adapters' ranks.
+            svd_clamp: a quantile, in [0, 1]: entries of the singular vectors, those of B times the singular values,
+                that are larger in size than it are cut to it.
+            svd_full_matrices: whether all singular vectors are computed. Those beyond the rank are not used, so True
+                takes more time for the same result.
+            svd_driver: the method of cuSOLVER, for adapters on a CUDA device; see `torch.linalg.svd`.
             density: the share of entries, in (0, 1], that the last four keep.
             majority_sign_method: how TIES and DARE-TIES choose the sign of an entry.
 
@@ -291,8 +299,9 @@ class HiraModel(BaseTuner):
 
         Source: arguments and names from PEFT's LoRA, whose matrix functions are used.
         """
+        svd = Svd(svd_rank, svd_clamp, svd_full_matrices, svd_driver)
         add_weighted_adapter(
-            self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+            self, adapters, weights, adapter_name, combination_type, svd, density, majority_sign_method
         )
 
     # Checkpoints

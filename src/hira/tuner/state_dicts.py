@@ -10,6 +10,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hira.config.hira_config import config_of_module
 from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import PREFIX, plain_name, stacked
@@ -226,6 +227,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
         )
     for layer in resized:
         layer.resize_adapter(adapter_name, config.r)
+        layer.alpha_scale[adapter_name] = layer._alpha_scale_of(config_of_module(config, layer.name), config.r)
 
 
 def _drop_absent_experts(model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
