@@ -289,7 +289,7 @@ def test_fields_that_peft_lacks_are_saved_where_they_are_set(tmp_path):
         ({"hira_alpha": 8, "alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\].* 0"),
         ({"hira_alpha": 8, "alpha_pattern": ["q"]}, "alpha_pattern"),
         ({"trainable_token_indices": 3}, "trainable_token_indices.* 3"),
-        ({"trainable_token_indices": [3, 3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices"),
         ({"trainable_token_indices": {"wte": [-1]}}, r"trainable_token_indices\['wte'\].* \[-1\]"),
         ({"layer_replication": []}, "layer_replication"),
         ({"layer_replication": [[2, 2]]}, "layer_replication"),

@@ -286,12 +286,12 @@ def _check_alpha(config: HiraConfig) -> None:
 
 
 def _check_token_indices(indices: Any) -> None:
-    """Refuse anything but lists of different ids, by themselves or by the names of layers."""
+    """Refuse anything but lists of ids, by themselves or by the names of layers."""
     by_layer = indices if isinstance(indices, Mapping) else {"": [] if indices is None else indices}
     for layer, ids in by_layer.items():
         where = f"trainable_token_indices[{layer!r}]" if layer else "trainable_token_indices"
-        if not isinstance(ids, list | tuple) or any(not _is_index(i) for i in ids) or len(set(ids)) < len(ids):
-            raise HiraError(f"{where} must be a list of different ids of tokens, not {ids!r}.")
+        if not isinstance(ids, list | tuple) or any(not _is_index(i) for i in ids):
+            raise HiraError(f"{where} must be a list of ids of tokens, not {ids!r}.")
 
 
 def _check_layer_replication(ranges: Any) -> None:

@@ -53,7 +53,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale", "tied_to")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
     # how the base layer stores its weight
     storage_type: type[Storage] = Storage
@@ -73,6 +73,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         # what `hira_alpha` multiplies B by in this layer
         self.alpha_scale: dict[str, float] = {}
+        # the layer that holds A and B of an adapter, where another layer with the same weight does
+        self.tied_to: dict[str, HiraLayer] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -196,8 +198,18 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 self._init_factors(A, B, self.r[adapter_name], init_weights)
 
+    def tie_adapter(self, adapter_name: str, source: HiraLayer) -> None:
+        """Have an adapter take its A and B from that of another layer with the same weight, and hold none itself."""
+        for factors in self._factor_dicts:
+            del factors[adapter_name]
+        self.r[adapter_name], self.alpha_scale[adapter_name] = source.r[adapter_name], source.alpha_scale[adapter_name]
+        self.tied_to[adapter_name] = source
+
     def resize_adapter(self, adapter_name: str, r: int) -> None:
         """Give an adapter another rank; its values are lost."""
+        if adapter_name in self.tied_to:
+            self.r[adapter_name] = r
+            return
         for factors, shape in zip(self._factor_dicts, self._factor_shapes(r), strict=True):
             old = factors[adapter_name]
             factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
@@ -209,9 +221,11 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             return
         if self.r[target] != self.r[source]:
             self.resize_adapter(target, self.r[source])
-        with torch.no_grad():
-            for factors in self._factor_dicts:
-                factors[target].copy_(factors[source])
+        if target not in self.tied_to:
+            with torch.no_grad():
+                factors = self._oriented(source, *self._parameters_of(source))
+                for new, old in zip(self._parameters_of(target), factors, strict=True):
+                    new.copy_(old)
         self.alpha_scale[target] = self.alpha_scale[source]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
@@ -231,6 +245,16 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def _set_factors(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
         for factors, value in zip(self._factor_dicts, (A, B), strict=True):
             factors[adapter_name] = value
+
+    def _parameters_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of an adapter as they train, in this layer or in the one that holds them for it."""
+        A, B = self.tied_to.get(name, self)._factor_dicts
+        return A[name], B[name]
+
+    def _oriented(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B as this layer has them: a linear layer's are an embedding's transposed, in the other order."""
+        transposed = self.tied_to.get(name, self).factor_names != self.factor_names
+        return (B.t(), A.t()) if transposed else (A, B)
 
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
@@ -270,7 +294,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
 
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
-        A, B = (self._factor(factors, name) for factors in self._factor_dicts)
+        A, B = (self._factor(factors, name) for factors in self.tied_to.get(name, self)._factor_dicts)
+        A, B = self._oriented(name, A, B)
         scale = self._scale(name)
         return (A, B) if scale == 1 else (A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
 
@@ -309,7 +334,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """
         A, B = self._factors([adapter])
         dtype = formation_dtype(B.dtype)
-        return self._delta(A.to(dtype), B.to(dtype)).to(self._factor_dicts[1][adapter].dtype)
+        return self._delta(A.to(dtype), B.to(dtype)).to(self._parameters_of(adapter)[1].dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
@@ -555,6 +580,7 @@ def _absent_from_older_pickles(names: Iterable[str]) -> dict[str, Any]:
         "name": "",
         "scaling": dict.fromkeys(names, 1),
         "alpha_scale": dict.fromkeys(names, 1),
+        "tied_to": {},
         "merged_scaling": {},
         "record": None,
         "others_merged": False,

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -189,6 +190,33 @@ def scaled_by_alpha(
     return scaled
 
 
+def with_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with A and B of the layers that hold none because they are tied to another, as readers expect."""
+    names = {layer: unwrapped(name) for name, layer in model.named_modules() if isinstance(layer, HiraLayer)}
+    found = dict(state_dict)
+    for layer, name in names.items():
+        source = layer.tied_to.get(adapter_name)
+        keys = [] if source is None else [f"{names[source]}.{each}.{adapter_name}" for each in source.factor_names]
+        if source is not None and all(key in state_dict for key in keys):
+            A, B = layer._oriented(adapter_name, *(state_dict[key] for key in keys))
+            for factor, value in zip(layer.factor_names, (A, B), strict=True):
+                found[f"{name}.{factor}.{adapter_name}"] = value
+    return found
+
+
+def _drop_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> list[str]:
+    """Take A and B of tied layers out of a checkpoint's tensors, and say where they are not those of the other."""
+    problems = []
+    for key, value in with_tied(model, adapter_name, state_dict).items():
+        found = state_dict.get(key)
+        if found is None or value is found:
+            continue
+        if found.shape != value.shape or not torch.equal(found, value):
+            problems.append(f"{key} is not that of the layer with which ensure_weight_tying ties it")
+        del state_dict[key]
+    return problems
+
+
 def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that does not fit the adapter, before any value is loaded.
 
@@ -196,11 +224,11 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     pattern has another. There the adapter gets the file's rank.
     """
     _drop_absent_experts(model, config, adapter_name, state_dict)
-    problems: list[str] = []
+    problems = _drop_tied(model, adapter_name, state_dict)
     expected: set[str] = set()
     resized: list[HiraLayer] = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
+        if not isinstance(layer, HiraLayer) or adapter_name not in layer._factor_dicts[0]:
             continue
         keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
         expected.update(keys)

@@ -46,6 +46,7 @@ def add_weighted_adapter(
         hira_alpha=None,  # what it scales is in B
         alpha_pattern=None,
         use_rslora=False,
+        ensure_weight_tying=False,  # other adapters of tied layers need not be equal
         target_modules=_targets([model.peft_config[name].target_modules for name in adapters]),
         inference_mode=True,
     )
@@ -175,11 +176,12 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], adapte
         if any(value != values[0] for value in values):
             raise HiraError(f"{field} is {values} for adapters {list(adapters)}, which have to agree to be joined.")
     for name in adapters:
-        if model.peft_config[name].modules_to_save:
-            raise HiraError(
-                f"Adapter {name!r} has modules_to_save, {sorted(model.peft_config[name].modules_to_save)}, which are "
-                "whole modules: there is no weighted sum of them. Merge such adapters into the model one by one."
-            )
+        for field, what in (("modules_to_save", "modules"), ("trainable_token_indices", "rows")):
+            if value := getattr(model.peft_config[name], field, None):
+                raise HiraError(
+                    f"Adapter {name!r} has {field}, {value}, which are whole {what}: there is no weighted sum of them. "
+                    "Merge such adapters into the model one by one."
+                )
 
 
 def _targets(targets: list[Any]) -> Any:
