@@ -19,7 +19,7 @@ from hira.files.model.architecture import Architecture
 from hira.layers.base import HiraLayer
 from hira.layers.experts import ParamWrapper
 
-_FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
+FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
 def unwrapped(name: str) -> str:
@@ -63,7 +63,7 @@ def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         state_dict = dict(peft_model_state_dict)
         if _is_hira(model, adapter_name):
-            state_dict = _in_names_of(model, state_dict)
+            state_dict = in_names_of(model, state_dict)
         return set_state_dict(model, state_dict, adapter_name, *args, **kwargs)
 
     return wrapper
@@ -99,7 +99,7 @@ def _replaced(key: str, names: Mapping[str, str]) -> str:
     return f"{names[module]}{rest}".removeprefix(".") if module else key
 
 
-def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors under the present names of a model's modules, with the parts of their wrappers."""
     names = _module_names(model)
     has_prefix = PREFIX.removesuffix(".") in names
@@ -204,7 +204,7 @@ def with_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     return found
 
 
-def _drop_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> list[str]:
+def drop_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> list[str]:
     """Take A and B of tied layers out of a checkpoint's tensors, and say where they are not those of the other."""
     problems = []
     for key, value in with_tied(model, adapter_name, state_dict).items():
@@ -224,7 +224,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     pattern has another. There the adapter gets the file's rank.
     """
     _drop_absent_experts(model, config, adapter_name, state_dict)
-    problems = _drop_tied(model, adapter_name, state_dict)
+    problems = drop_tied(model, adapter_name, state_dict)
     expected: set[str] = set()
     resized: list[HiraLayer] = []
     for name, layer in model.named_modules():
@@ -245,7 +245,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     problems += [
         f"{key} belongs to no adapted module"
         for key in state_dict
-        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(_FACTORS)
+        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(FACTORS)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
