@@ -52,7 +52,7 @@ def test_autocast(kind, form):
             usual = with_weight(layer, layer.get_base_layer().weight, x) + update(layer, x)
     assert y.dtype == usual.dtype
     assert error(y.detach(), exact) <= 2 * error(usual.detach(), exact) + 1e-6
-    trained = list(layer._factors(["default"]))
+    trained = layer.parameters_of("default")
     for found, wanted in zip(gradients(y, trained), gradients(usual, trained), strict=True):
         assert found.dtype == torch.float32
         # each is off the exact one by a few bfloat16 roundings
@@ -172,12 +172,12 @@ def test_the_weight_is_read_where_the_model_reads_it():
 @every_kind
 def test_a_reset_adapter_starts_from_the_base(kind, init_weights):
     layer = adapted(kind, r=50)
-    A, B = layer._factors(["default"])
+    A, B = layer.parameters_of("default")
     x = KINDS[kind][2]()
     base = layer.get_base_layer()(x)
     assert not torch.equal(layer(x), base)
     layer.reset_hira_parameters("default", init_weights)
-    assert all(after is before for after, before in zip(layer._factors(["default"]), (A, B), strict=True))
+    assert all(after is before for after, before in zip(layer.parameters_of("default"), (A, B), strict=True))
     torch.testing.assert_close(layer(x), base, **EXACT)
     zero, random = (A, B) if kind == "embedding" else (B, A)
     assert zero.eq(0).all()
@@ -188,24 +188,24 @@ def test_a_reset_adapter_starts_from_the_base(kind, init_weights):
 
 def test_a_reset_that_leaves_all_as_it_is():
     layer = adapted()
-    before = [factor.detach().clone() for factor in layer._factors(["default"])]
+    before = [factor.detach().clone() for factor in layer.parameters_of("default")]
     layer.reset_hira_parameters("default", False)
     layer.reset_hira_parameters("elsewhere", True)
     message = "init_weights.* 'olora'"
     with pytest.raises(HiraError, match=message):
         layer.reset_hira_parameters("default", "olora")
-    assert all(torch.equal(a, b) for a, b in zip(layer._factors(["default"]), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters_of("default"), before, strict=True))
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @every_kind
 def test_an_adapter_is_resized(kind, requires_grad):
     layer = adapted(kind).to(torch.float64)
-    for factor in layer._factors(["default"]):
+    for factor in layer.parameters_of("default"):
         factor.requires_grad_(requires_grad)
     layer.resize_adapter("default", 7)
     assert layer.r == {"default": 7}
-    factors = layer._factors(["default"])
+    factors = layer.parameters_of("default")
     assert tuple(tuple(factor.shape) for factor in factors) == layer._factor_shapes(7)
     assert all(f.requires_grad == requires_grad and f.dtype == torch.float64 for f in factors)
     x = KINDS[kind][2]()

@@ -146,7 +146,7 @@ def test_the_merged_weight_is_that_of_the_forward(dtype, factors):
 
 def test_a_scale_of_one_is_no_multiplication():
     layer = layers(adapted("linear", "a"))[0]
-    assert layer._factors(["a"]) == (layer.hira_A["a"], layer.hira_B["a"])
+    assert layer._factors(["a"]) == (layer.hira_A["a"], layer.hira_B["a"], 0)
     y = layer(x := features())
     layer.set_scale("a", 1.0)
     assert torch.equal(layer(x), y)

@@ -40,7 +40,7 @@ def test_active_adapters_are_one_of_the_summed_rank(kind, ranks, data):
     assert_alike(layer, y, expected(layer, x), x)
     together = adapted(kind, base=layer.get_base_layer(), r=sum(layer.r[name] for name in active))
     with torch.no_grad():
-        for factors, joined in zip(together._factor_dicts, layer._factors(active), strict=True):
+        for factors, joined in zip(together._factor_dicts, layer._factors(active)[:2], strict=True):
             factors["default"].copy_(joined)
     assert torch.equal(together(x), y)
 

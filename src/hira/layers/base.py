@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -18,6 +18,7 @@ from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
+from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
@@ -26,6 +27,12 @@ from hira.version import __version__
 
 # whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
 takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
+
+_NEEDS_WEIGHT = (
+    "hira_alpha scales each layer's adapter by the size of its weight, which cannot be read here. Load the base "
+    "model's weights, and have them quantised, before it is adapted, and adapt it before it is sharded; or leave "
+    "hira_alpha out."
+)
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
@@ -51,7 +58,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     )
     other_param_names: tuple[str, ...] = (
         *("r", "lora_r", "hira_dropout", "weight_gradient", "scaling"),
-        *("alpha_scale", "lora_scale"),
+        *("alpha_scale", "lora_scale", "tied_to"),
     )
     # of HiRA's factors, and of LoRA's, L1 and L2, which an adapter has if its `lora_r` is not 0
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
@@ -76,6 +83,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         # what `hira_alpha` multiplies B and L2 by in this layer
         self.alpha_scale: dict[str, float] = {}
         self.lora_scale: dict[str, float] = {}
+        # the layer that holds A and B of an adapter, where another layer with the same weight does
+        self.tied_to: dict[str, HiraLayer] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -166,9 +175,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
-        alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
-        alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
-        lora_r = getattr(config, "lora_r", 0)
+        alpha_scale, lora_scale = self._alpha_scales_of(config, r)
+        lora_r = getattr(config, "lora_r", 0)  # not in PEFT's config
         factors = self._new_factors(r, config.init_weights)
         lora_factors = self._new_factors(lora_r, config.init_weights) if lora_r else ()
         dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout > 0 else nn.Identity()
@@ -177,13 +185,25 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
         self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
         self.alpha_scale[adapter_name] = alpha_scale
-        self.lora_scale[adapter_name] = 1 if alpha is None or not lora_r else power_of_two(alpha / lora_r)
+        self.lora_scale[adapter_name] = lora_scale
         for name, value in zip((*self.factor_names, *self.lora_names), (*factors, *lora_factors), strict=False):
             values: Any = self._modules[name]
             values[adapter_name] = nn.Parameter(value)
         self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _alpha_scales_of(self, config: Any, r: int) -> tuple[float, float]:
+        """What the `hira_alpha` of a configuration multiplies B, and L2, by in this layer; 1 without one."""
+        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
+        if alpha is None or takes_files_as_they_are.get():
+            return 1, 1
+        try:
+            W0 = merging.read_original(self)
+        except HiraError as error:
+            raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
+        ranks = [math.sqrt(rank) if config.use_rslora else rank for rank in (r, config.lora_r)]
+        return scale_of_alpha(alpha, ranks[0], W0), power_of_two(alpha / ranks[1]) if ranks[1] else 1
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
@@ -202,14 +222,23 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             self._init_factors(A, B, r, init_weights)
         return A, B
 
-    def resize_adapter(self, adapter_name: str, r: int, lora_r: int | None = None) -> None:
-        """Give an adapter another rank, and its LoRA too if `lora_r` is not None; its values are lost."""
-        like = self._factor_dicts[0][adapter_name]
+    def tie_adapter(self, adapter_name: str, source: HiraLayer) -> None:
+        """Have an adapter take its factors from that of another layer with the same weight, and hold none itself."""
         for factors in self.factor_dicts(adapter_name):
             del factors[adapter_name]
-        self.r[adapter_name] = r
-        self.lora_r[adapter_name] = lora_r = self.lora_r[adapter_name] if lora_r is None else lora_r
-        for factors, shape in zip(self.factor_dicts(adapter_name), self.shapes_of(r, lora_r), strict=True):
+        for values in ("r", "lora_r", "alpha_scale", "lora_scale"):
+            getattr(self, values)[adapter_name] = getattr(source, values)[adapter_name]
+        self.tied_to[adapter_name] = source
+
+    def resize_adapter(self, adapter_name: str, r: int, lora_r: int | None = None) -> None:
+        """Give an adapter another rank, and its LoRA too if `lora_r` is not None; its values are lost."""
+        lora_r = self.lora_r[adapter_name] if lora_r is None else lora_r
+        if adapter_name not in self.tied_to:
+            like = self._factor_dicts[0][adapter_name]
+            for factors in self.factor_dicts(adapter_name):
+                del factors[adapter_name]
+        self.r[adapter_name], self.lora_r[adapter_name] = r, lora_r
+        for factors, shape in zip(self.factor_dicts(adapter_name), self.shapes_of(r, lora_r), strict=False):
             factors[adapter_name] = nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad)
 
     def copy_adapter(self, source: str, target: str) -> None:
@@ -219,9 +248,11 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         ranks = self.r[source], self.lora_r[source]
         if ranks != (self.r[target], self.lora_r[target]):
             self.resize_adapter(target, *ranks)
-        with torch.no_grad():
-            for factors in self.factor_dicts(source):
-                factors[target].copy_(factors[source])
+        if target not in self.tied_to:
+            with torch.no_grad():
+                factors = self.oriented(source, self.parameters_of(source))
+                for new, old in zip(self.parameters_of(target), factors, strict=True):
+                    new.copy_(old)
         self.alpha_scale[target] = self.alpha_scale[source]
         self.lora_scale[target] = self.lora_scale[source]
 
@@ -239,10 +270,15 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         A, B = self.factor_names
         return self._modules[A], self._modules[B]  # type: ignore[return-value]
 
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """The names of the factors of an adapter: those of A and B, and of L1 and L2 if it has a LoRA."""
+        return (*self.factor_names, *self.lora_names) if self.lora_r[name] else self.factor_names
+
     def named_factor_dicts(self, name: str) -> list[tuple[str, nn.ParameterDict]]:
-        """The dictionaries with the factors of an adapter: those of A and B, and of L1 and L2 if it has a LoRA."""
-        names = (*self.factor_names, *self.lora_names) if self.lora_r[name] else self.factor_names
-        return [(factors, self._modules[factors]) for factors in names]  # type: ignore[misc]
+        """The dictionaries with A and B, and with L1 and L2, of an adapter; none where another layer holds them."""
+        if name in self.tied_to:
+            return []
+        return [(factors, self._modules[factors]) for factors in self.names_of(name)]  # type: ignore[misc]
 
     def factor_dicts(self, name: str) -> list[nn.ParameterDict]:
         """Those dictionaries without their names."""
@@ -251,6 +287,20 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def shapes_of(self, r: int, lora_r: int) -> tuple[tuple[int, ...], ...]:
         """The shapes of the factors of an adapter with these ranks, in the order of `factor_dicts`."""
         return (*self._factor_shapes(r), *self._factor_shapes(lora_r)) if lora_r else self._factor_shapes(r)
+
+    def _holder(self, name: str) -> HiraLayer:
+        """The layer that holds the factors of an adapter: this one, or one with the same weight."""
+        return self.tied_to.get(name, self)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """A and B of an adapter as they train, and L1 and L2, in the layer that holds them."""
+        return [factors[name] for factors in self._holder(name).factor_dicts(name)]
+
+    def oriented(self, name: str, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Factors as this layer has them: a linear layer's are an embedding's transposed, in the other order."""
+        if self._holder(name).factor_names == self.factor_names:
+            return list(factors)
+        return [turned.t() for A, B in zip(factors[::2], factors[1::2], strict=True) for turned in (B, A)]
 
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
@@ -290,12 +340,13 @@ class HiraLayer(nn.Module, BaseTunerLayer):
 
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
-        A, B = (self._factor(factors, name) for factors in self._factor_dicts)
+        A, B = self.oriented(name, [self._factor(factors, name) for factors in self._holder(name)._factor_dicts])
         return A, _times(B, self._scale(name))
 
     def _scaled_lora(self, name: str) -> tuple[Tensor, Tensor]:
         """L1 and L2 of an adapter, L2 times its scale."""
-        L1, L2 = (self._factor(factors, name) for factors in self.factor_dicts(name)[2:])
+        dicts = self._holder(name).factor_dicts(name)[2:]
+        L1, L2 = self.oriented(name, [self._factor(factors, name) for factors in dicts])
         return L1, _times(L2, self.merged_scaling.get(name, self.scaling[name]) * self.lora_scale[name])
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
@@ -319,16 +370,20 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
-    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """A (r, in) and B (out, r) of an adapter with its scale, one pair for each matrix that the layer adapts."""
-        A, B = self._scaled(name)
+    def pairs(self, name: str, lora: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """A (r, in) and B (out, r) of an adapter with its scale, or L1 and L2: a pair for each adapted matrix."""
+        A, B = self._scaled_lora(name) if lora else self._scaled(name)
         return [(A.flatten(1), B.flatten(1))]
 
-    def _set_pairs(self, name: str, r: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Give an adapter another rank and the values of `_pairs`."""
-        self.resize_adapter(name, r)
-        for factors, value in zip(self._factor_dicts, self._stored_factors(pairs), strict=True):
-            factors[name].copy_(value.view(factors[name].shape))
+    def set_pairs(
+        self, name: str, pairs: Sequence[tuple[Tensor, Tensor]], lora_pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Give an adapter the ranks and the values of `pairs`, and of those of its LoRA, if any."""
+        of_each = [each for each in (pairs, lora_pairs) if each]
+        self.resize_adapter(name, *(len(each[0][0]) for each in of_each))
+        values = [value for each in of_each for value in self._stored_factors(each)]
+        for parameter, value in zip(self.parameters_of(name), values, strict=True):
+            parameter.copy_(value.view(parameter.shape))
 
     def _stored_factors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         ((A, B),) = pairs
@@ -346,7 +401,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """
         A, B = self._joined([self._scaled(adapter)])
         dtype = formation_dtype(B.dtype)
-        return self._delta(A.to(dtype), B.to(dtype)).to(self._factor_dicts[1][adapter].dtype)
+        return self._delta(A.to(dtype), B.to(dtype)).to(self.parameters_of(adapter)[1].dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA + L2 L1``, what an adapter adds to the weight, in the weight's stored shape and dtype."""
@@ -557,7 +612,12 @@ class HiraLayer(nn.Module, BaseTunerLayer):
                 f"The pickle holds a {type(self).__name__} of PEFT's own HiRA, and not of hira. Load it without hira, "
                 "or after hira.unregister(), save its adapter with save_pretrained, and load that with hira."
             )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "record" not in state and state.get("merged_adapters"):
+            raise HiraError(
+                f"The pickle holds a {type(self).__name__} that an older hira merged, which kept W0 otherwise. "
+                "Unpickle and unmerge it there; then pickle it again, or save its adapter with save_pretrained."
+            )
+        super().__setstate__({**_absent_from_older_pickles(state["r"]), **state})  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "hira." + super().__repr__()
@@ -567,8 +627,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return f"hira {__version__}"
 
 
-def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
-    """The power of two that is nearest to ``alpha / (r rms(W0))``.
+def scale_of_alpha(alpha: float, r: float, W0: Tensor) -> float:
+    """The power of two that is nearest to ``alpha / (r rms(W0))``, with the square root of the rank for r if so set.
 
     A step of Adam at some rate changes W' by that times as much as if B had no scale: as much as it changes the weight
     of a LoRA of this alpha and rank, alpha / r times its BA.
@@ -576,11 +636,8 @@ def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
     Raises:
         HiraError: W0 has no values here: it is on the meta device, or in other processes.
     """
-    if W0.is_meta or W0.numel() == 0:
-        raise HiraError(
-            "hira_alpha scales each layer's adapter by the size of its weight, which has no values here. Load the base "
-            "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
-        )
+    if W0.is_meta or W0.numel() == 0 or is_dtensor(W0):
+        raise HiraError(_NEEDS_WEIGHT)
     rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
     return power_of_two(alpha / (r * rms)) if 0 < rms < math.inf else 1
 
@@ -589,6 +646,20 @@ def power_of_two(value: float) -> float:
     """The power of two that is nearest to a positive number, by its logarithm; an integer where it is one."""
     exponent = round(math.log2(value))
     return 2**exponent if exponent >= 0 else 2.0**exponent
+
+
+def _absent_from_older_pickles(names: Iterable[str]) -> dict[str, Any]:
+    """Attributes that layers did not always have."""
+    return {
+        "name": "",
+        "scaling": dict.fromkeys(names, 1),
+        "alpha_scale": dict.fromkeys(names, 1),
+        "tied_to": {},
+        "merged_scaling": {},
+        "record": None,
+        "others_merged": False,
+        "equal_on_all_processes": set(),
+    }
 
 
 def acts(dropout: nn.Module) -> bool:

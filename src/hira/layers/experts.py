@@ -109,8 +109,8 @@ class ParamWrapper(HiraLayer):
         B = torch.cat([B.reshape(self.out_features, -1, E) for B in Bs], dim=1)
         return A, B.permute(2, 0, 1)
 
-    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        A, B = self._joined([self._scaled(name)])
+    def pairs(self, name: str, lora: bool = False) -> list[tuple[Tensor, Tensor]]:
+        A, B = self._joined([self._scaled_lora(name) if lora else self._scaled(name)])
         return list(zip(A.unbind(0), B.unbind(0), strict=True))
 
     def _stored_factors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,10 @@ import peft.tuners.mixed
 import peft.tuners.mixed.model
 import peft.tuners.tuners_utils
 import peft.tuners.xlora.model
+import peft.utils.hotswap
 import peft.utils.save_and_load
 from huggingface_hub import ModelCard
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
@@ -41,6 +43,7 @@ from hira.layers import bitsandbytes, dispatch
 from hira.layers.base import HiraLayer, takes_files_as_they_are
 from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
+from hira.peft_integration.hotswap import finding_layers, padding, swapping, swapping_in_transformers
 from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
 from hira.tuner import model as model_module
 from hira.tuner.mixed_model import HiraMixedModel
@@ -142,6 +145,12 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     if riemannian is not None:
         yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
 
+    hotswap = peft.utils.hotswap
+    yield hotswap.CONFIG_KEYS_TO_CHECK, PeftType.HIRA, []  # checked as it is swapped
+    yield hotswap, "hotswap_adapter_from_state_dict", swapping(hotswap.hotswap_adapter_from_state_dict)
+    yield hotswap, "_convert_scalings_to_tensor", finding_layers(hotswap._convert_scalings_to_tensor)
+    yield hotswap, "_pad_lora_weights", padding(hotswap._pad_lora_weights)
+
     yield peft.PeftModel, "add_adapter", _copying_reference_adapter(peft.PeftModel.add_adapter)
     yield (
         peft.PeftModel,
@@ -149,7 +158,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         _with_version_in_card(peft.PeftModel.create_or_update_model_card),
     )
     yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
-    yield PeftAdapterMixin, "load_adapter", _taking_files_as_they_are(PeftAdapterMixin.load_adapter)
+    load_adapter = _taking_files_as_they_are(PeftAdapterMixin.load_adapter)
+    yield PeftAdapterMixin, "load_adapter", swapping_in_transformers(load_adapter)
 
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])
@@ -264,7 +274,7 @@ def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `PeftModel.add_adapter` copy A and B into the reference adapter of TRL's trainers.
+    """Make `PeftModel.add_adapter` copy A, B and trainable tokens into the reference adapter of TRL's trainers.
 
     The trainers add it with the configuration of the adapter that trains, and then copy each parameter with ".default."
     in its name. The names of HiRA's parameters end in ".default", as in PEFT.
@@ -277,6 +287,9 @@ def _copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[...,
         if given is not None and _is_of_trl(sys._getframe(1).f_globals.get("__name__")):
             for layer in hira_layers(self):
                 layer.copy_adapter(given, adapter_name)
+            for module in self.modules():
+                if isinstance(module, TrainableTokensLayer) and given in module.trainable_tokens_delta:
+                    module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[given].data)
         return added
 
     return wrapper

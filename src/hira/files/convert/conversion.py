@@ -22,6 +22,7 @@ from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 _SHARED = (
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("trainable_token_indices", "ensure_weight_tying"),
 )
 
 # a relative error of LoRA's float32 tensors at full rank is some 1e-7
@@ -174,20 +175,30 @@ def to_lora(
 def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the tensors of an adapter so that PEFT's own HiRA loads it and computes the same.
 
-    Fields are removed that PEFT does not have, and that the adapter's outputs do not depend on. PEFT up to 0.21 ignores
+    Fields are removed that PEFT does not have, and that the outputs of A and B, as they are in the file, do not depend
+    on. PEFT up to 0.21 ignores
     `rank_pattern` for a model's first adapter, so factors of several ranks get zeros up to the largest:
     ``[B 0] [A; 0] = BA``.
 
     Raises:
-        HiraError: the adapter has `target_parameters`, or adapts the output projection of `nn.MultiheadAttention`,
-            which PEFT's HiRA does not have. That other modules are attention, grouped convolutions or quantised by
-            others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
+        HiraError: the adapter has `target_parameters`, `trainable_token_indices`, `layer_replication`, or modules to
+            save that `ensure_weight_tying` ties, or adapts the output projection of `nn.MultiheadAttention`, which
+            PEFT's HiRA does not have. That other modules are attention, grouped convolutions or quantised by others
+            than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
     """
     _check(adapter, "which PEFT's own HiRA does not adapt")
     if adapter.config.get("peft_type") == HILORA:
         raise HiraError(
             "The adapter has a LoRA beside HiRA (lora_r), which PEFT's own HiRA does not have; merge it into the model "
             "with `hira merge`, or approximate it by a LoRA with --to lora."
+        )
+    for name in ("trainable_token_indices", "layer_replication"):
+        if adapter.config.get(name) is not None:
+            raise HiraError(f"The adapter has {name}, which PEFT's own HiRA does not have; hira and PEFT's LoRA do.")
+    if adapter.config.get("ensure_weight_tying") and adapter.config.get("modules_to_save"):
+        raise HiraError(
+            "The adapter has modules_to_save that ensure_weight_tying ties to others, which PEFT's own HiRA does not "
+            "do. Train it with all of them in modules_to_save, without ensure_weight_tying."
         )
     config = {key: value for key, value in adapter.config.items() if key not in NOT_OF_PEFT}
     ranks = {factors.rank for factors in adapter.modules.values()}

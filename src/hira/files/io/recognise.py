@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -11,7 +12,17 @@ INDEX = "model.safetensors.index.json"
 HILORA = "HILORA"
 PEFT_TYPES = ("HIRA", HILORA)
 # fields of an adapter's configuration that PEFT's HiraConfig does not have, with their defaults
-NOT_OF_PEFT = {"weight_gradient": "exact", "target_parameters": None, "hira_alpha": None, "lora_r": 0}
+NOT_OF_PEFT: dict[str, Any] = {
+    "weight_gradient": "exact",
+    "target_parameters": None,
+    "hira_alpha": None,
+    "lora_r": 0,
+    "alpha_pattern": None,
+    "use_rslora": False,
+    "trainable_token_indices": None,
+    "ensure_weight_tying": False,
+    "layer_replication": None,
+}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
