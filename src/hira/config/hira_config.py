@@ -85,6 +85,9 @@ class HiraConfig(PeftConfig):
             hira_alpha / lora_r. Such an adapter is saved with peft_type "HILORA", which PEFT without hira refuses.
         alpha_pattern: alphas in the place of `hira_alpha`, for modules named as in `rank_pattern`.
         use_rslora: for a rank-stabilised scale, s near hira_alpha / (sqrt(r) rms(W0)).
+        keep_weight: whether linear layers keep W' for as long as A, B and W0 are what they are: it is formed once for
+            each step of the optimizer, for all micro-batches of it, their backward passes and recomputations, and takes
+            the memory of a second copy of the adapted weights. Never saved.
         target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
             "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
             model's architecture.
@@ -166,6 +169,9 @@ class HiraConfig(PeftConfig):
         default=None, metadata={"help": "LoRA's alpha, to train with LoRA's learning rate. None: the paper's HiRA."}
     )
     lora_r: int = field(default=0, metadata={"help": "The rank of a LoRA beside HiRA; 0 for none."})
+    keep_weight: bool = field(
+        default=False, metadata={"help": "Whether linear layers keep W' from product to product, at a copy's memory."}
+    )
     alpha_pattern: dict[str, float] | None = field(
         default=None, metadata={"help": "Alphas by module name or regular expression, where not hira_alpha."}
     )
@@ -191,8 +197,9 @@ class HiraConfig(PeftConfig):
         check_config(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are saved: those that PEFT knows, and the others where they differ from their defaults."""
+        """The fields that are saved: those that PEFT knows, and others that are set, but not `keep_weight`."""
         fields: dict[str, Any] = super().to_dict()
+        fields["keep_weight"] = False
         for name, default in NOT_OF_PEFT.items():
             if (fields[name] or None) == (default or None):
                 del fields[name]

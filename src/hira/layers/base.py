@@ -79,6 +79,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.lora_r: dict[str, int] = {}
         self.hira_dropout = nn.ModuleDict()
         self.weight_gradient: dict[str, str] = {}
+        # the adapters whose W' is kept from product to product
+        self.keep_weight: set[str] = set()
         self.scaling: dict[str, float] = {}
         # what `hira_alpha` multiplies B and L2 by in this layer
         self.alpha_scale: dict[str, float] = {}
@@ -183,6 +185,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.hira_dropout.update({adapter_name: dropout})
         self.r[adapter_name], self.lora_r[adapter_name] = r, lora_r
         self.weight_gradient[adapter_name] = getattr(config, "weight_gradient", "exact")  # not in PEFT's config
+        if getattr(config, "keep_weight", False):
+            self.keep_weight.add(adapter_name)
+        else:
+            self.keep_weight.discard(adapter_name)
         self.scaling[adapter_name] = 1  # an integer, which torch.compile never takes for a variable
         self.alpha_scale[adapter_name] = alpha_scale
         self.lora_scale[adapter_name] = lora_scale

@@ -14,10 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from hira import ops
 from hira.base_weights.dense import Storage, Transposed
 from hira.distributed.detection import sharded_by
+from hira.layers import kept_weight
 from hira.layers.base import HiraLayer
 from hira.layers.inference_cache import inference_cache
 from hira.layers.mixed_batch import BASE
 from hira.ops import effective_weight, heuristics
+from hira.ops.linear import Dequantize
 from hira.ops.workspace import is_concrete
 
 
@@ -80,8 +82,12 @@ class Linear(HiraLayer):
         dtype = storage.compute_dtype
         W0, dequantize = storage.saved_for_backward()
         A, B, lora_r = self._factors(names)
+        x_ = x if dtype is None else x.to(dtype)
+        formed = None
+        if self.keep_weight and not update_only and self.keep_weight.issuperset(names):
+            formed = self._kept_weight(x_, names, (W0, dequantize), (A, B, lora_r))
         y = ops.linear(
-            x if dtype is None else x.to(dtype),
+            x_,
             W0,
             A,
             B,
@@ -90,8 +96,27 @@ class Linear(HiraLayer):
             update_only=update_only,
             dequantize=dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
+            formed=formed,
         )
         return y if dtype is None else y.to(x.dtype)
+
+    def _kept_weight(
+        self,
+        x: Tensor,
+        names: Sequence[str],
+        stored: tuple[Tensor, Dequantize | None],
+        factors: tuple[Tensor, Tensor, int],
+    ) -> Tensor | None:
+        """W' for a product with x, kept while A, B and W0 are what they are; None where none is kept."""
+        storage, (W0, dequantize) = self.storage, stored
+        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(storage.layer):
+            return None
+        sources = [storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
+        dtype = effective_weight.product_dtype(x, W0.dtype if dequantize is None else x.dtype)
+        if not _are_concrete(sources) or (x.dtype != dtype and not effective_weight.autocasts(x.device)):
+            return None
+        form = partial(_formed, W0, dequantize, factors, dtype)
+        return kept_weight.get(self, sources, [self._scale(name) for name in names], dtype, form)
 
     def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
@@ -105,11 +130,7 @@ class Linear(HiraLayer):
             return None
         sources = [storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
         dtype = effective_weight.product_dtype(x, sources[0].dtype)
-        if (
-            sources[0].is_meta
-            or (x.dtype != dtype and not effective_weight.autocasts(x.device))
-            or any(source.is_inference() or not is_concrete(source) for source in sources)
-        ):
+        if not _are_concrete(sources) or (x.dtype != dtype and not effective_weight.autocasts(x.device)):
             return None
         scales = [self._scale(name) for name in names]
         weight = inference_cache.get(self, sources, scales, dtype)
@@ -138,3 +159,14 @@ class Linear(HiraLayer):
 
     def _stored_orientation(self, W0: Tensor) -> Tensor:
         return W0.t() if self.fan_in_fan_out else W0
+
+
+def _formed(
+    W0: Tensor, dequantize: Dequantize | None, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype
+) -> Tensor:
+    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype)
+
+
+def _are_concrete(sources: Sequence[Tensor]) -> bool:
+    """Whether tensors have numbers here, and versions that tell when these change."""
+    return not any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources)

@@ -44,6 +44,7 @@ def linear(
     update_only: bool = False,
     dequantize: Dequantize | None = None,
     weight_gradient: WeightGradient = "exact",
+    formed: Tensor | None = None,
 ) -> Tensor:
     """Apply an adapted weight to x as one dense product.
 
@@ -63,6 +64,8 @@ def linear(
             product then runs in x's dtype.
         weight_gradient: "int8" computes G, which serves dA and dB alone, from x and dy rounded to 8 bits, and keeps x
             for backward in 8 bits. Where that cannot be, `heuristics.int8` says where, G is exact.
+        formed: W' (out, in) as it was formed before, in the dtype of the product; it stands in for it forward and for
+            dx, and nobody may change it before the backward.
 
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
@@ -85,7 +88,9 @@ def linear(
         if weight_gradient == "int8" and _rounds_gradient(x, weight, A, B):
             codes, scale = quantize_shared(x)
             link = Link.apply(flat) if flat.requires_grad else None
-        y = _Linear.apply(flat, weight, A, B, bias, lora_r, update_only, dequantize, codes, scale, link)
+        y = _Linear.apply(flat, weight, A, B, bias, lora_r, update_only, dequantize, codes, scale, link, formed)
+    elif formed is not None:
+        y = _multiplied(flat, formed, bias)
     else:
         y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -112,9 +117,13 @@ class _Linear(torch.autograd.Function):
         codes: Tensor | None,
         scale: Tensor | None,
         link: Tensor | None,
+        formed: Tensor | None,
     ) -> Tensor:
-        W0 = weight if dequantize is None else dequantize(weight)
-        y = _forward(x, W0, A, B, bias, lora_r, update_only)
+        if formed is not None:
+            y = _multiplied(x, formed, bias)
+        else:
+            y = _forward(x, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
+        ctx.formed = formed
         ctx.lora_r, ctx.update_only, ctx.dequantize = lora_r, update_only, dequantize
         needs_x = any(ctx.needs_input_grad[1:4])
         saved = codes if codes is not None else x if needs_x else None
@@ -140,9 +149,12 @@ class _Linear(torch.autograd.Function):
                     dA, dB = factor_gradients(G, W0, A, B, lora_r)
                 if G is not None and need_W0:
                     dW0 = weight_gradient(G, W0, A, B, lora_r, update_only=update_only)
-            return dx, dW0, dA, dB, dy.sum(0) if need_bias else None, None, None, None, None, None, None
+            return dx, dW0, dA, dB, dy.sum(0) if need_bias else None, *(None,) * 7
         compiling = torch.compiler.is_compiling()
-        if need_x:
+        if need_x and ctx.formed is not None:
+            with no_autocast(dy.device):
+                dx = torch.mm(dy, ctx.formed)
+        elif need_x:
             input_gradient = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
             dx = input_gradient(dy, W0, A, B, lora_r, update_only)
         if need_A or need_B:
@@ -152,7 +164,15 @@ class _Linear(torch.autograd.Function):
             with no_autocast(dy.device):
                 dW0 = weight_gradient(torch.mm(dy.t(), x), W0, A, B, lora_r, update_only=update_only)
         dbias = dy.sum(0) if need_bias else None
-        return dx, dW0, dA, dB, dbias, None, None, None, None, None, None
+        return dx, dW0, dA, dB, dbias, *(None,) * 7
+
+
+@without_autocast
+def _multiplied(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """x (T, in) -> y (T, out), the product with a whole weight."""
+    if heuristics.transposed(x):
+        return (torch.mm(W, x.t()) if bias is None else torch.addmm(bias[:, None], W, x.t())).t()
+    return torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
 
 
 def _forward(

@@ -17,6 +17,7 @@ NOT_OF_PEFT: dict[str, Any] = {
     "target_parameters": None,
     "hira_alpha": None,
     "lora_r": 0,
+    "keep_weight": False,
     "alpha_pattern": None,
     "use_rslora": False,
     "trainable_token_indices": None,
