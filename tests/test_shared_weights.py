@@ -65,6 +65,8 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     model.save_pretrained(tmp_path)
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert sum("hira_" in key for key in found) == 2 * len(hira_layers(model))
+    lean = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(lean.eval()), y)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     assert torch.equal(logits(again.eval()), y)
     assert sum(p.requires_grad for p in again.parameters()) == 2
@@ -112,6 +114,34 @@ def test_they_stay_tied_when_the_model_is_cast_copied_or_pickled():
         assert torch.equal(W(again.get_base_model().model.embed_tokens), W(again.get_base_model().lm_head))
     model.get_base_model().to(torch.bfloat16)
     assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"], "r": 1},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9]},
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 3]], "ensure_weight_tying": False},
+        {
+            "target_modules": ["q_proj"],
+            "alpha_pattern": {"q_proj": 2},
+            "use_rslora": True,
+            "ensure_weight_tying": False,
+        },
+    ],
+    ids=lambda options: list(options)[-1],
+)
+def test_transformers_own_functions(options, tmp_path):
+    cfg = HiraConfig(**{"r": 2, "ensure_weight_tying": True, "hira_alpha": 8, "init_weights": False, **options})
+    model = get_peft_model(tied_llama(), cfg).eval()
+    y = logits(model)
+    model.save_pretrained(tmp_path / "one")
+    model = tied_llama()
+    model.load_adapter(tmp_path / "one")
+    torch.testing.assert_close(logits(model), y, **CLOSE)
+    if "embed_tokens" not in options["target_modules"]:  # transformers refuses to save both base weights that PEFT adds
+        model.save_pretrained(tmp_path / "two")
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(tied_llama(), tmp_path / "two")), y, **CLOSE)
 
 
 def test_generation_keeps_the_heads_weight():
@@ -235,8 +265,9 @@ def test_each_layer_has_an_adapter_and_weights_are_shared(tmp_path):
     trained(model)
     y = logits(model)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.equal(logits(again), y)
+    for lean in (False, True):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=lean)
+        assert torch.equal(logits(again), y)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), y, **CLOSE)
     model.unmerge_adapter()

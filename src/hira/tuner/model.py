@@ -72,8 +72,7 @@ class HiraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_config(config)
         check_new_name(model, adapter_name, self.peft_config)
-        changed = [config, *(module.config for module in model.modules() if hasattr(module, "config"))]
-        with unchanged_on_error(model), _fields_back_on_error(*changed):
+        with unchanged_on_error(model), _fields_back_on_error(config, *_model_configs(model)):
             target_experts(model, config)
             check_targets(model, _target_parameters(config))
             offloaded.check_copies(model, config.modules_to_save or ())
@@ -393,6 +392,12 @@ def _fields_back_on_error(*configs: Any) -> Iterator[None]:
             vars(config).clear()
             vars(config).update(fields)
         raise
+
+
+def _model_configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its parts, which say how many layers there are; those of dicts not."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [config for config in configs if hasattr(config, "__dict__")]
 
 
 def _target_parameters(config: Any) -> Collection[str]:

@@ -90,15 +90,27 @@ def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
             )
     if wanted is None or others:
         return
-    before = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    before = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     last = max(end for _, end in wanted)
-    if not any(len(layers) >= last for layers in before):
-        sizes = sorted({len(layers) for layers in before})
+    if not any(len(layers) >= last for layers in before.values()):
+        sizes = sorted({len(layers) for layers in before.values()})
         raise HiraError(f"layer_replication has a range up to layer {last}, but the model's lists are of {sizes}.")
     try:
         replicate_layers(model, wanted)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, AttributeError) as error:
         raise HiraError(f"layer_replication {wanted} does not fit the model: {error}.") from error
+    order = [i for start, end in wanted for i in range(start, end)]
+    for name, old in before.items():
+        new = model.get_submodule(name)
+        if new is not old:
+            for i, layer in zip(order, new, strict=True):
+                _share_parameters(old[i], layer)
+
+
+def _share_parameters(source: nn.Module, copy: nn.Module) -> None:
+    """Give a copy of a module its parameters; PEFT registers them, which moves them to where accelerate says."""
+    for name, module in source.named_modules():
+        copy.get_submodule(name)._parameters.update(module._parameters)
 
 
 def _ranges(config: Any) -> list[tuple[int, int]] | None:

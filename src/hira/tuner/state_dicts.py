@@ -200,7 +200,7 @@ def with_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
         if source is not None and all(key in state_dict for key in keys):
             A, B = layer._oriented(adapter_name, *(state_dict[key] for key in keys))
             for factor, value in zip(layer.factor_names, (A, B), strict=True):
-                found[f"{name}.{factor}.{adapter_name}"] = value
+                found[f"{name}.{factor}.{adapter_name}"] = value.clone(memory_format=torch.contiguous_format)
     return found
 
 
