@@ -58,6 +58,7 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     model = get_peft_model(copy.deepcopy(base), config(*targets, hira_alpha=4))
     layers = [model.get_base_model().get_submodule(name) for name in tied]
     assert set(layers) <= set(hira_layers(model))
+    assert model.get_model_status().available_adapters == model.get_model_status().active_adapters == ["default"]
     assert sum(p.requires_grad for p in model.parameters()) == 2
     y = logits(trained(model))
     assert not torch.equal(y, logits(base))
@@ -295,6 +296,10 @@ def test_adapters_of_a_model_have_the_same_replication():
         with pytest.raises(HiraError, match=r"layer_replication.*'default'"):
             model.add_adapter(name, replicated(**options))
     assert torch.equal(logits(model), y)
+    model.delete_adapter("default")
+    model.delete_adapter("other")
+    model.add_adapter("again", replicated())
+    assert len(model.base_model.model.model.layers) == 4
     plain = get_peft_model(llama(), replicated(layer_replication=None))
     with pytest.raises(HiraError, match="layer_replication"):
         plain.add_adapter("other", replicated())

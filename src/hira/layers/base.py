@@ -256,6 +256,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         transposed = self.tied_to.get(name, self).factor_names != self.factor_names
         return (B.t(), A.t()) if transposed else (A, B)
 
+    def _get_available_adapters(self) -> set[str]:
+        """The layer's adapters; PEFT looks for their parameters, which another layer may hold."""
+        return set(self.r)
+
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
 

@@ -13,6 +13,8 @@ from torch import nn
 from hira.errors import HiraError
 from hira.layers.base import HiraLayer
 
+_MARK = "layer_replication"
+
 
 def tie(config: Any, model: Any, tied: list[str], targets: Callable[[str], Any]) -> None:
     """Make a configuration with `ensure_weight_tying` adapt, or save, all modules with one weight if it does any.
@@ -72,6 +74,8 @@ def tie_adapter(layer: HiraLayer, adapter_name: str, model: Any) -> None:
 def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
     """Stack layers of a model as `layer_replication` says, once: other adapters of the model have the same.
 
+    The new list of layers remembers the ranges, so that an adapter that comes when the first is gone stacks none again.
+
     Args:
         model: the base model, which is changed.
         config: the HiraConfig.
@@ -88,7 +92,7 @@ def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
                 f"layer_replication is {wanted}, but {_ranges(other)} for adapter {name!r}: adapters of one model must "
                 "have the same, since it changes the model's layers."
             )
-    if wanted is None or others:
+    if wanted is None or others or any(vars(module).get(_MARK) == wanted for module in model.modules()):
         return
     before = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     last = max(end for _, end in wanted)
@@ -103,6 +107,7 @@ def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
     for name, old in before.items():
         new = model.get_submodule(name)
         if new is not old:
+            setattr(new, _MARK, wanted)
             for i, layer in zip(order, new, strict=True):
                 _share_parameters(old[i], layer)
 
