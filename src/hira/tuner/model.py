@@ -29,7 +29,7 @@ from hira.layers.mixed_batch import BASE, adapters_of_rows
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.shared_weights import is_tied, replicate, tie, tie_adapter
-from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped, with_tied
+from hira.tuner.state_dicts import check_whole, from_file, to_file, unwrapped
 from hira.tuner.trainable_tokens import check_token_layers
 from hira.tuner.transaction import unchanged_on_error
 from hira.tuner.weighted_adapters import SignMethod, Svd, add_weighted_adapter
@@ -362,7 +362,7 @@ class HiraModel(BaseTuner):
                     for other in others:
                         found.pop(f"{path}.{other}", None)
         check_whole(found)
-        return with_tied(model, adapter_name, scaled_by_alpha(model, adapter_name, found, divide=False))
+        return to_file(model, adapter_name, found)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -376,8 +376,7 @@ class HiraModel(BaseTuner):
         for key in [f"{name}.{factor}" for name, layer in layers for factor in layer.factor_names]:
             if key in remapped:
                 remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
-        fit_to_checkpoint(model, config, adapter_name, remapped)
-        remapped = scaled_by_alpha(model, adapter_name, remapped, divide=True)
+        remapped = from_file(model, config, adapter_name, remapped)
         offloaded.load_state_dict(remapped, model)
         return remapped
 
