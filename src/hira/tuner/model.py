@@ -76,8 +76,8 @@ class HiraModel(BaseTuner):
             target_experts(model, config)
             check_targets(model, _target_parameters(config))
             offloaded.check_copies(model, config.modules_to_save or ())
-            targets = partial(self._check_target_module_exists, config)
-            check_token_layers(model, config, self._tied_modules(), targets)
+            if getattr(config, "trainable_token_indices", None) is not None:  # not in PEFT's config
+                check_token_layers(model, config, self._tied_modules(), partial(self._targets, config))
             with reporting_unmatched(model, config, kwargs.get("state_dict")):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             offloaded.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
@@ -89,9 +89,13 @@ class HiraModel(BaseTuner):
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Tie what `ensure_weight_tying` ties; PEFT would look for modules named embed_tokens and lm_head alone."""
         if getattr(peft_config, "ensure_weight_tying", False):  # not in PEFT's config
-            tie(peft_config, self.model, self._tied_modules(), partial(self._check_target_module_exists, peft_config))
+            tie(peft_config, self.model, self._tied_modules(), partial(self._targets, peft_config))
         else:
             super()._check_tied_modules(model, peft_config)
+
+    def _targets(self, config: Any, name: str) -> bool:
+        """Whether a configuration names a module; what PEFT chooses where it names none are no embeddings."""
+        return config.target_modules is not None and bool(self._check_target_module_exists(config, name))
 
     def _tied_modules(self) -> list[str]:
         """The names of the modules that share the input embedding's weight."""
