@@ -22,7 +22,7 @@ from hira.layers.experts import ParamWrapper
 
 # whether PEFT asks the tuner for the tensors of an adapter's file, and hands it those that it loads; not in PEFT 0.20
 _TUNER_CONVERTS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
-_FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
+FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
 def unwrapped(name: str) -> str:
@@ -90,14 +90,14 @@ def from_file(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
 
 def with_name(state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """Tensors of a file by their names in the model: with the adapter's name at the end of those of factors."""
-    return {f"{key}.{adapter_name}" if key.endswith(_FACTORS) else key: value for key, value in state_dict.items()}
+    return {f"{key}.{adapter_name}" if key.endswith(FACTORS) else key: value for key, value in state_dict.items()}
 
 
 def nameless(state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """Tensors in the model by their names in a file, without the adapter's."""
     end = f".{adapter_name}"
     names = {key: key.removesuffix(end) for key in state_dict}
-    return {names[key] if names[key].endswith(_FACTORS) else key: value for key, value in state_dict.items()}
+    return {names[key] if names[key].endswith(FACTORS) else key: value for key, value in state_dict.items()}
 
 
 def _is_hira(model: Any, adapter_name: str) -> bool:
@@ -276,7 +276,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     problems += [
         f"{key} belongs to no adapted module"
         for key in state_dict
-        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(_FACTORS)
+        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(FACTORS)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
