@@ -308,6 +308,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             return list(factors)
         return [turned.t() for A, B in zip(factors[::2], factors[1::2], strict=True) for turned in (B, A)]
 
+    def _get_available_adapters(self) -> set[str]:
+        """The layer's adapters; PEFT looks for their parameters, which another layer may hold."""
+        return set(self.r)
+
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
 
