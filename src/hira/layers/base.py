@@ -265,6 +265,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
+    def _weight_matrices(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """W0 (out, in), A (r, in) and B (out, r) of some adapters as one, for each matrix that the layer adapts."""
+        return [self._matrices(merging.read_original(self).detach(), *self._factors(names))]
+
     def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of an adapter with its scale, one pair for each matrix that the layer adapts."""
         A, B = self._scaled(name)
