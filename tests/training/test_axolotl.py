@@ -113,6 +113,12 @@ def test_a_classifier(plugin):
     assert isinstance(model, peft.PeftModelForSequenceClassification)
 
 
+def test_the_learning_rate_is_checked(plugin):
+    (callback,) = plugin.add_callbacks_post_trainer(cfg(), None)
+    assert isinstance(callback, hira.HiraCallback) and callback.every is None
+    assert plugin.add_callbacks_post_trainer(cfg(adapter="lora"), None) == []
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "named"),
     [

@@ -9,6 +9,7 @@ from axolotl.loaders.adapter import find_all_linear_names
 from peft import PeftModel, get_peft_model
 
 from hira.config.hira_config import HiraConfig
+from hira.training.callback import HiraCallback
 
 # axolotl's settings for LoRA, and HiraConfig's field for each. Those that HiRA lacks are LoraConfig's own names, which
 # HiraConfig refuses, with what to do instead.
@@ -71,6 +72,10 @@ class HiraPlugin(BasePlugin):
         else:
             adapted = get_peft_model(model, config, **options)
         return adapted, config
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[HiraCallback]:
+        """Have the learning rate checked when the training begins, for a configuration without ``lora_alpha``."""
+        return [HiraCallback(trainer, every=None)] if cfg.adapter == "hira" else []
 
 
 def _config(model: Any, cfg: Any) -> HiraConfig:
