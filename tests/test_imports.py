@@ -27,6 +27,7 @@ LAYERS = [
     ["layers"],
     ["tuner"],
     ["peft_integration"],
+    ["training"],
     ["peft_hook"],
     [""],
     ["cli"],
@@ -34,7 +35,7 @@ LAYERS = [
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of effective_weight
 OPS_LAYERS = [
-    ["reference", "heuristics"],
+    ["reference", "heuristics", "measures"],
     ["workspace"],
     ["dither", "int8", "triton"],
     ["kernel_choice"],

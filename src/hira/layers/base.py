@@ -380,6 +380,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
 
+    def weight_matrices(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+        """W0, joined A and B of some adapters as one, and the rank of LoRA in them, for each matrix that is adapted."""
+        return [self._matrices(merging.read_original(self).detach(), *self._factors(names))]
+
     def pairs(self, name: str, lora: bool = False) -> list[tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of an adapter with its scale, or L1 and L2: a pair for each adapted matrix."""
         A, B = self._scaled_lora(name) if lora else self._scaled(name)
