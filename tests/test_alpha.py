@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,10 @@ def trained(model: Any, steps: int = 3, **options: Any) -> Any:
     return model
 
 
+def pairs_of_layers(first: Any, second: Any) -> Any:
+    return zip(hira_layers(first), hira_layers(second), strict=True)
+
+
 def scales(model: Any) -> list[float]:
     return [layer.alpha_scale["default"] for layer in hira_layers(model)]
 
@@ -69,6 +76,73 @@ def test_ranks_of_a_pattern_have_their_own():
     plain, patterned = adapted(hira_alpha=16), adapted(hira_alpha=16, rank_pattern={"third": 8})
     ratios = [a / b for a, b in zip(scales(plain), scales(patterned), strict=True)]
     assert sorted(ratios) == [1, 1, 1, 1, 4]
+
+
+def test_alphas_of_a_pattern():
+    """Each module by the end of its name, as its rank."""
+    plain, patterned = adapted(hira_alpha=16), adapted(hira_alpha=16, alpha_pattern={"third": 4, "^first": 128})
+    ratios = {a.name: b.alpha_scale["default"] / a.alpha_scale["default"] for a, b in pairs_of_layers(plain, patterned)}
+    assert ratios == {"embedding": 1, "first": 8, "second": 1, "third": 0.25, "convolution": 1}
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    config = HiraConfig(r=2, target_modules=["attention"], hira_alpha=16, alpha_pattern={"out_proj": 64})
+    torch.manual_seed(0)
+    found = [
+        {layer.name: layer.alpha_scale["default"] for layer in hira_layers(get_peft_model(copy.deepcopy(attention), c))}
+        for c in (replace(config, alpha_pattern=None), config)
+    ]
+    assert found[1] == {**found[0], "attention.out_proj": 4 * found[0]["attention.out_proj"]}
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_a_rank_stabilised_scale(rank):
+    """It divides by the square root of the rank."""
+    torch.manual_seed(0)
+    base = Net()
+    options = {"r": rank, "target_modules": TARGETS, "hira_alpha": 16}
+    plain, stable = (get_peft_model(copy.deepcopy(base), HiraConfig(**options, use_rslora=on)) for on in (False, True))
+    assert {b / a for a, b in zip(scales(plain), scales(stable), strict=True)} == {math.sqrt(rank)}
+
+
+def test_patterns_and_stabilised_scales_are_loaded_as_they_were(tmp_path):
+    model = trained(adapted(hira_alpha=16, alpha_pattern={"third": 64}, use_rslora=True))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    assert scales(again) == scales(model)
+    assert torch.equal(again(IDS), model(IDS))
+    with stock_peft(), pytest.warns(UserWarning, match="alpha_pattern"):
+        torch.manual_seed(0)
+        theirs = PeftModel.from_pretrained(Net(), tmp_path)
+        torch.testing.assert_close(theirs(IDS), model(IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_another_rank_in_the_file_has_the_scale_of_that_rank(tmp_path):
+    """PEFT up to 0.21 ignores `rank_pattern` and writes tensors of rank r."""
+    options = {"hira_alpha": 16, "rank_pattern": {"third": 8}}
+    trained(adapted(hira_alpha=16)).save_pretrained(tmp_path)
+    HiraConfig(r=2, target_modules=TARGETS, **options).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    assert {layer.r["default"] for layer in hira_layers(again)} == {2}
+    assert scales(again) == scales(adapted(hira_alpha=16))
+
+
+def test_layers_of_older_pickles(tmp_path):
+    """They lack what layers did not have then."""
+    model = trained(adapted()).eval()
+    y = model(IDS)
+    layer = model.base_model.model.first
+    state = vars(layer).copy()
+    for name in ("alpha_scale", "record", "equal_on_all_processes"):
+        del vars(layer)[name]
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS), y)
+    again.merge_adapter()
+    torch.testing.assert_close(again(IDS), y, rtol=1e-5, atol=1e-6)
+    vars(layer)["merged_adapters"] = ["default"]  # how W0 was kept has changed since
+    with pytest.raises(HiraError, match="merged"):
+        pickle.loads(pickle.dumps(layer))
+    vars(layer).update(state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,6 +326,30 @@ def test_a_weight_that_is_not_there_yet():
         base = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(HiraError, match="hira_alpha"):
         get_peft_model(base, HiraConfig(r=2, hira_alpha=16, target_modules=["0"]))
+
+
+def test_a_weight_that_is_not_quantised_yet():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt):
+        options = {"has_fp16_weights": False} if layer is bitsandbytes.nn.Linear8bitLt else {}
+        base = nn.Sequential(layer(64, 64, **options))
+        with pytest.raises(HiraError, match=r"0: hira_alpha.*not quantised yet"):
+            get_peft_model(base, HiraConfig(r=2, hira_alpha=16, target_modules=["0"]))
+        assert type(base[0]) is layer
+
+
+def test_a_weight_that_is_divided_over_processes(tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        base = nn.Sequential(nn.Linear(8, 8))
+        parallelize_module(base, dist.device_mesh.init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+        with pytest.raises(HiraError, match=r"0: hira_alpha.*tensor parallelism"):
+            get_peft_model(base, HiraConfig(r=2, hira_alpha=16, target_modules=["0"]))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_it_is_saved_where_it_is_set(tmp_path: Path):

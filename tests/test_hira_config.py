@@ -43,6 +43,17 @@ OPTIONS = st.fixed_dictionaries(
         "revision": st.none() | names,
     },
 )
+# the fields that PEFT's HiraConfig lacks, and values that are not the defaults
+OURS = {
+    "weight_gradient": "int8",
+    "target_parameters": ["experts.up"],
+    "hira_alpha": 16,
+    "alpha_pattern": {"q": 8},
+    "use_rslora": True,
+    "trainable_token_indices": {"embed_tokens": [1, 3]},
+    "ensure_weight_tying": True,
+    "layer_replication": [[0, 4], [2, 5]],
+}
 LAYERS = {"target_modules": ["q"], "layers_to_transform": [0, 3], "layers_pattern": "h"}
 
 
@@ -68,7 +79,7 @@ def test_the_fields_and_defaults_are_those_of_peft():
         stock = peft.HiraConfig
     assert peft.HiraConfig is HiraConfig is not stock
     names = [field.name for field in dataclasses.fields(HiraConfig)]
-    assert names == [*(f.name for f in dataclasses.fields(stock)), "weight_gradient", "target_parameters", "hira_alpha"]
+    assert names == [*(f.name for f in dataclasses.fields(stock)), *OURS]
     assert fields(HiraConfig()) == fields(stock())
     assert HiraConfig().peft_type is PeftType.HIRA
     assert all(field.metadata.get("help") for field in dataclasses.fields(HiraConfig) if field.name in LAYERS)
@@ -256,14 +267,39 @@ def test_a_good_file_and_none(adapter):
     assert HiraConfig.from_pretrained(adapter.parent).r == 3
 
 
-# weight_gradient, the field that PEFT has not
+# Fields that PEFT has not
 
 
-def test_a_weight_gradient_that_is_not_the_default_is_saved(tmp_path):
-    assert written(HiraConfig(weight_gradient="int8"), tmp_path)["weight_gradient"] == "int8"
-    assert HiraConfig.from_pretrained(str(tmp_path)).weight_gradient == "int8"
-    with stock_peft(), pytest.warns(UserWarning, match="weight_gradient"):
-        assert not hasattr(peft.HiraConfig.from_pretrained(str(tmp_path)), "weight_gradient")
+def test_fields_that_peft_lacks_are_saved_where_they_are_set(tmp_path):
+    assert not OURS.keys() & HiraConfig().to_dict().keys()
+    found = written(HiraConfig(**OURS), tmp_path)
+    assert {name: found[name] for name in OURS} == OURS
+    assert fields(HiraConfig.from_pretrained(str(tmp_path))) == fields(HiraConfig(**OURS))
+    with stock_peft(), pytest.warns(UserWarning) as warned:
+        stock = peft.HiraConfig.from_pretrained(str(tmp_path))
+    assert all(any(name in str(each.message) for each in warned) and not hasattr(stock, name) for name in OURS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_rslora": True}, "use_rslora.*hira_alpha"),
+        ({"alpha_pattern": {"q": 8}}, "alpha_pattern.*hira_alpha"),
+        ({"hira_alpha": 8, "use_rslora": 1}, "use_rslora.* 1"),
+        ({"hira_alpha": 8, "alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\].* 0"),
+        ({"hira_alpha": 8, "alpha_pattern": ["q"]}, "alpha_pattern"),
+        ({"trainable_token_indices": 3}, "trainable_token_indices.* 3"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"wte": [-1]}}, r"trainable_token_indices\['wte'\].* \[-1\]"),
+        ({"layer_replication": []}, "layer_replication"),
+        ({"layer_replication": [[2, 2]]}, "layer_replication"),
+        ({"layer_replication": [[0, 1, 2]]}, "layer_replication"),
+        ({"layer_replication": [0, 2]}, "layer_replication"),
+    ],
+)
+def test_bad_values_of_theirs(options, message):
+    with pytest.raises(HiraError, match=message):
+        HiraConfig(**options)
 
 
 def test_an_unknown_weight_gradient_is_refused():
@@ -278,8 +314,6 @@ def test_an_unknown_weight_gradient_is_refused():
     ("field", "value", "message"),
     [
         ("lora_alpha", 16, "hira_alpha"),
-        ("use_rslora", True, "hira_alpha"),
-        ("alpha_pattern", {}, "hira_alpha"),
         ("lora_dropout", 0.1, "hira_dropout"),
         ("lora_r", 8, r"\br\b"),
         ("init_lora_weights", True, "init_weights"),

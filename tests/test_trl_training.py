@@ -243,6 +243,35 @@ def test_the_loss_of_assistant_tokens_is_that_of_the_merged_model(packing, tmp_p
     assert losses(made)[-1] < losses(made)[0]
 
 
+@pytest.mark.parametrize("own", [None, {"embed_tokens": [5]}])
+def test_tokens_that_a_chat_template_adds_are_trained(own, tmp_path):
+    """TRL puts them into `trainable_token_indices`, with others that fill up to 64, and trains the output layer."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    words.chat_template = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
+    words.save_pretrained(tmp_path / "words")
+    rows = [[{"role": "user", "content": "a b c"}, {"role": "bot", "content": "d e"}]] * 8
+    config = HiraConfig(r=4, hira_alpha=8, target_modules=["q_proj", "down_proj"], trainable_token_indices=own)
+    options = {"chat_template_path": str(tmp_path / "words"), "bf16": False}
+    made = trainer("SFT", llama(), {"messages": rows}, tmp_path, config, **options)
+    user, bot = made.processing_class.convert_tokens_to_ids(["<user>", "<bot>"])
+    trained = {*config.trainable_token_indices["embed_tokens"]}
+    assert trained == {*range(29, 64), *([5] if own else [])}
+    embedding = made.model.get_input_embeddings()
+    before = embedding(torch.arange(64)).detach().clone()
+    made.train()
+    assert losses(made)[-1] < losses(made)[0] - 0.1
+    assert config.modules_to_save == ["lm_head"]
+    moved = (embedding(torch.arange(64)) != before).any(dim=1).nonzero().flatten().tolist()
+    assert {user, bot} <= {*moved} <= trained
+    made.save_model(str(tmp_path / "adapter"))
+    base = llama()
+    base.resize_token_embeddings(64)  # its new rows are others: all of them come with the adapter
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.tensor([[user, 3, 4, bot, 6]])
+    torch.testing.assert_close(again(input_ids=ids).logits, made.model.eval()(input_ids=ids).logits)
+
+
 def test_a_reward_model_trains_and_saves_its_head(tmp_path):
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(llama_config(num_labels=1))
@@ -252,6 +281,7 @@ def test_a_reward_model_trains_and_saves_its_head(tmp_path):
     start = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
     assert losses(made)[-1] < losses(made)[0] - 0.1
+    assert config.modules_to_save == ["lm_head"]
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, start[name])}
     assert moved == {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert any("score.modules_to_save.default" in name for name in moved)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -116,6 +117,58 @@ def test_pruning_keeps_the_largest_entries():
     assert before[kept].abs().min() >= before[~kept].abs().max()
 
 
+@pytest.mark.parametrize("clamp", [None, 0.0, 0.37, 0.9, 1.0])
+def test_clamping_is_that_of_lora(clamp):
+    products = []
+    for config_of in (
+        lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False),
+        lambda r: HiraConfig(r=r, target_modules=["0"], init_weights=False),
+    ):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(9, 7)), config_of(2), adapter_name="one")
+        model.add_adapter("two", config_of(3))
+        layer = model.base_model.model[0]
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (p for name, p in model.named_parameters() if "lora_" in name or "hira_" in name):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        options = {"svd_clamp": clamp, "svd_full_matrices": clamp != 0.9, "svd_driver": None}
+        model.add_weighted_adapter(["one", "two"], [0.75, -2.0], "sum", "svd", 4, **options)
+        products.append(layer.get_delta_weight("sum").detach())
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_while_it_is_made_changes_nothing():
+    model = adapted()
+    tuner = model.base_model
+    tuner.targeted_module_names = []  # injecting an adapter lists the modules anew
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    names, lists = (
+        set(model.state_dict()),
+        {name: list(value) for name, value in vars(tuner).items() if name[:4] == "targ"},
+    )
+    with pytest.raises(HiraError, match="svd_driver"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", svd_driver="gesvd")  # there is no CUDA device
+    assert set(model.state_dict()) == names
+    assert {name: vars(tuner)[name] for name in lists} == lists
+    assert set(tuner.peft_config) == {"one", "two"}
+    assert all(vars(module).keys() == was.keys() for module, was in before)
+    assert all(vars(module)[name] is value for module, was in before for name, value in was.items())
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+def test_ranks_of_a_pattern_are_those_of_the_modules_alone():
+    """A module's name may end with another's."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+    model = get_peft_model(base, config(2, ["0", "1.1", "1.2"], rank_pattern={"^0": 3}), adapter_name="one")
+    model.add_weighted_adapter(["one"], [1.0], "same", "cat")
+    again = get_peft_model(copy.deepcopy(base), model.peft_config["same"])
+    ranks = [
+        {layer.name: layer.r[name] for layer in hira_layers(m)} for m, name in ((model, "same"), (again, "default"))
+    ]
+    assert ranks[0] == ranks[1] == {"0": 3, "1.0": 2, "1.1": 2, "1.2": 2}
+
+
 def test_scales_are_part_of_the_sum():
     model = adapted(hira_alpha=8)
     assert any(layer.alpha_scale["one"] != 1 for layer in hira_layers(model))
@@ -165,8 +218,10 @@ def test_patterns_of_modules_are_joined():
         ((["one", "two"], [1.0, 1.0], "two"), "'two'"),
         ((["one", "two"], [1.0, 1.0], "sum", "mean"), "mean"),
         ((["one", "two"], [1.0, 1.0], "sum", "svd", 0), "svd_rank"),
+        ((["one", "two"], [1.0, 1.0], "sum", "svd", 2, 1.5), "svd_clamp"),
+        ((["one", "two"], [1.0, 1.0], "sum", "svd", 2, None, True, "gesdd"), "svd_driver"),
         ((["one", "two"], [1.0, 1.0], "sum", "ties"), "density"),
-        ((["one", "two"], [1.0, 1.0], "sum", "ties", None, 1.5), "density"),
+        ((["one", "two"], [1.0, 1.0], "sum", "ties", None, None, False, None, 1.5), "density"),
         ((["one", "saving"], [1.0, 1.0], "sum"), "modules_to_save"),
         ((["one", "pattern"], [1.0, 1.0], "sum"), "target_parameters"),
         ((["plain", "pattern"], [1.0, 1.0], "sum"), "target_modules"),

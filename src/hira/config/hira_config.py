@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import math
@@ -24,8 +25,6 @@ Config = TypeVar("Config", bound=PeftConfig)
 _INSTEAD = {
     "lora_alpha": "it is hira_alpha, with which HiRA trains at LoRA's learning rate",
     "alpha": "it is hira_alpha, with which HiRA trains at LoRA's learning rate",
-    "alpha_pattern": "hira_alpha sets the scale of each layer by the size of its weight, for LoRA's learning rate",
-    "use_rslora": "for its learning rate, hira_alpha is LoRA's alpha times the square root of r",
     "lora_r": "the rank is r",
     "rank": "the rank is r",
     "r_ab": "the rank is r; `hira convert --from original` reads adapters of the paper's repository",
@@ -35,6 +34,19 @@ _INSTEAD = {
     "bias": "HiRA trains no biases",
     "lora_bias": "HiRA trains no biases",
     "use_dora": "HiRA scales each entry of the weight already, and is not combined with DoRA",
+}
+
+
+# fields that PEFT's HiraConfig lacks, and what they are where they are not saved
+_NOT_IN_PEFT = {
+    "weight_gradient": "exact",
+    "target_parameters": None,
+    "hira_alpha": None,
+    "alpha_pattern": None,
+    "use_rslora": None,
+    "trainable_token_indices": None,
+    "ensure_weight_tying": None,
+    "layer_replication": None,
 }
 
 
@@ -79,6 +91,8 @@ class HiraConfig(PeftConfig):
             that is nearest to hira_alpha / (r rms(W0)) of the layer, so that a step of Adam changes W' as much as with
             a LoRA of this alpha. A checkpoint has s B for B, which every reader understands. None, the paper's HiRA,
             is s = 1, and takes a rate 5 to 50 times LoRA's. Not a field of PEFT's: it is saved where it is set.
+        alpha_pattern: alphas in the place of `hira_alpha`, for modules named as in `rank_pattern`.
+        use_rslora: for a rank-stabilised scale, s near hira_alpha / (sqrt(r) rms(W0)).
         target_modules: the modules to adapt: names or ends of names in a list, a regular expression in a string, or
             "all-linear" for every linear and `Conv1D` layer but the output layer. By default PEFT's choice for the
             model's architecture.
@@ -102,12 +116,23 @@ class HiraConfig(PeftConfig):
             noise of a few per cent to the gradients of A and B (docs/architecture.md). A layer with several adapters
             rounds if all of them say so. Not a field of PEFT's: it is saved where it is not "exact", and what an
             adapter computes does not depend on it.
+        trainable_token_indices: tokens whose rows of the embedding train in full and are saved: a list of ids, or a
+            dict of such lists by the names of embeddings. Layers with tied weights follow. Such an embedding is no
+            target of HiRA as well.
+        ensure_weight_tying: where a target, a module to save or the embedding of the trainable tokens shares its weight
+            with others, as input and output embeddings do, give all of them one and the same adapter.
+        layer_replication: ranges [start, end) of the model's layers, which are stacked to a deeper model whose layers
+            share the base weights, each with an adapter of its own: [[0, 4], [2, 5]] gives 0 1 2 3 2 3 4. The adapters
+            of a model must have the same. It, `alpha_pattern`, `use_rslora`, `trainable_token_indices` and
+            `ensure_weight_tying` mean what they mean in LoRA. None is a field of PEFT's HiraConfig: each is saved where
+            it is set.
 
     Raises:
         HiraError: a field does not exist (a TypeError as well), r or a rank of `rank_pattern` is not a positive
             integer, the dropout is not in [0, 1), or not 0 with `target_parameters`, these are not a list of names,
-            `hira_alpha` is not a positive number, `init_weights` or `weight_gradient` is unknown, or
-            `layers_to_transform` or `layers_pattern` goes with a regular expression.
+            `hira_alpha` is not a positive number, `alpha_pattern` or `use_rslora` goes without it, ids of tokens or
+            ranges of layers are none, `init_weights` or `weight_gradient` is unknown, or `layers_to_transform` or
+            `layers_pattern` goes with a regular expression.
 
     Source: HiRA (ICLR 2025); field names from PEFT.
     """
@@ -148,6 +173,21 @@ class HiraConfig(PeftConfig):
     hira_alpha: float | None = field(
         default=None, metadata={"help": "LoRA's alpha, to train with LoRA's learning rate. None: the paper's HiRA."}
     )
+    alpha_pattern: dict[str, float] | None = field(
+        default=None, metadata={"help": "Alphas by module name or regular expression, where not hira_alpha."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Divide hira_alpha by the square root of the rank, not by the rank."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train in full: ids, or lists of ids by layer name."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Whether layers that share a weight share their adapter, or copy, too."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Ranges [start, end) of layers to stack, sharing their base weights."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,8 +200,8 @@ class HiraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields that are saved: those that PEFT knows, and the others where they differ from their defaults."""
         fields: dict[str, Any] = super().to_dict()
-        for name, default in (("weight_gradient", "exact"), ("target_parameters", None), ("hira_alpha", None)):
-            if fields[name] == default:
+        for name, default in _NOT_IN_PEFT.items():
+            if (fields[name] or None) == default:
                 del fields[name]
         return fields
 
@@ -183,6 +223,16 @@ def rank_of(config: Any, key: str, default: int | None = None) -> int:
     return rank
 
 
+def config_of_module(config: Any, key: str) -> Any:
+    """A configuration whose `hira_alpha` is that of a module, by its name: that of `alpha_pattern`, else its own."""
+    patterns = getattr(config, "alpha_pattern", None)  # not in PEFT's config
+    if not patterns:
+        return config
+    own = copy.copy(config)
+    own.hira_alpha = patterns.get(get_pattern_key(patterns.keys(), key), config.hira_alpha)
+    return own
+
+
 def check_config(config: Any) -> None:
     """Refuse a configuration with a bad value; takes PEFT's HiraConfig as well as ours."""
     check_rank(config.r, "r")
@@ -193,11 +243,10 @@ def check_config(config: Any) -> None:
     dropout = config.hira_dropout
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise HiraError(f"hira_dropout must be a number in [0, 1), not {dropout!r}.")
-    alpha = getattr(config, "hira_alpha", None)
-    if alpha is not None and (
-        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf
-    ):
-        raise HiraError(f"hira_alpha must be a positive number or None, not {alpha!r}.")
+    if isinstance(config, HiraConfig):
+        _check_alpha(config)
+        _check_token_indices(config.trainable_token_indices)
+        _check_layer_replication(config.layer_replication)
     check_init_weights(config.init_weights)
     weight_gradient = getattr(config, "weight_gradient", "exact")
     if weight_gradient not in ("exact", "int8"):
@@ -216,6 +265,52 @@ def check_rank(r: Any, name: str) -> None:
     """Refuse a rank that is not a positive integer."""
     if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
         raise HiraError(f"`r` should be a positive integer, but {name} is {r!r}.")
+
+
+def _check_alpha(config: HiraConfig) -> None:
+    """Refuse an alpha that is not a positive number, and what is said of it where there is none."""
+    alpha, patterns = config.hira_alpha, config.alpha_pattern or {}
+    if not isinstance(patterns, Mapping):
+        raise HiraError(f"alpha_pattern must map names to alphas, not be {patterns!r}.")
+    alphas = {f"alpha_pattern[{name!r}]": value for name, value in patterns.items()}
+    for name, value in {"hira_alpha": 1 if alpha is None else alpha, **alphas}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise HiraError(f"{name} must be a positive number{' or None' * (name == 'hira_alpha')}, not {value!r}.")
+    if not isinstance(config.use_rslora, bool):
+        raise HiraError(f"use_rslora must be True or False, not {config.use_rslora!r}.")
+    if alpha is None and (patterns or config.use_rslora):
+        raise HiraError(
+            f"{'alpha_pattern' if patterns else 'use_rslora'} is about the scale that hira_alpha sets, which is None: "
+            "set hira_alpha to LoRA's alpha as well."
+        )
+
+
+def _check_token_indices(indices: Any) -> None:
+    """Refuse anything but lists of ids, by themselves or by the names of layers."""
+    by_layer = indices if isinstance(indices, Mapping) else {"": [] if indices is None else indices}
+    for layer, ids in by_layer.items():
+        where = f"trainable_token_indices[{layer!r}]" if layer else "trainable_token_indices"
+        if not isinstance(ids, list | tuple) or any(not _is_index(i) for i in ids):
+            raise HiraError(f"{where} must be a list of ids of tokens, not {ids!r}.")
+
+
+def _check_layer_replication(ranges: Any) -> None:
+    """Refuse anything but a list of ranges [start, end) of layers."""
+    if ranges is None:
+        return
+    if not isinstance(ranges, list | tuple) or not ranges or not all(map(_is_range, ranges)):
+        raise HiraError(
+            f"layer_replication must be a list of ranges [start, end) of layers, such as [[0, 4], [2, 5]], not "
+            f"{ranges!r}."
+        )
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_index, value)) and value[0] < value[1]
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_init_weights(init_weights: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
-from hira.config.hira_config import rank_of
+from hira.config.hira_config import config_of_module, rank_of
 from hira.distributed.detection import check_not_sharded
 from hira.errors import HiraError
 from hira.layers import merging
@@ -80,7 +80,7 @@ class MultiheadAttention(HiraLayer):
         key, base = f"{self.name}.out_proj", self.get_base_layer()
         if _excludes(config, key):
             return
-        rank = rank_of(config, key, r)
+        rank, config = rank_of(config, key, r), config_of_module(config, key)
         if not isinstance(base.out_proj, HiraLayer):
             base.out_proj = Linear(base.out_proj, adapter_name, config, rank)
             base.out_proj.name, base.out_proj.weight_is_read = key, True

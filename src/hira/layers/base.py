@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -18,6 +18,7 @@ from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
+from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
@@ -26,6 +27,12 @@ from hira.version import __version__
 
 # whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
 takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
+
+_NEEDS_WEIGHT = (
+    "hira_alpha scales each layer's adapter by the size of its weight, which cannot be read here. Load the base "
+    "model's weights, and have them quantised, before it is adapted, and adapt it before it is sharded; or leave "
+    "hira_alpha out."
+)
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
@@ -46,7 +53,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale")
+    other_param_names: tuple[str, ...] = ("r", "hira_dropout", "weight_gradient", "scaling", "alpha_scale", "tied_to")
     factor_names: ClassVar[tuple[str, str]] = ("hira_A", "hira_B")
     # how the base layer stores its weight
     storage_type: type[Storage] = Storage
@@ -66,6 +73,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         # what `hira_alpha` multiplies B by in this layer
         self.alpha_scale: dict[str, float] = {}
+        # the layer that holds A and B of an adapter, where another layer with the same weight does
+        self.tied_to: dict[str, HiraLayer] = {}
         self.hira_A = nn.ParameterDict()
         self.hira_B = nn.ParameterDict()
         self.hira_embedding_A = nn.ParameterDict()
@@ -154,8 +163,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
-        alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
-        alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
+        alpha_scale = self._alpha_scale_of(config, r)
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
             self._init_factors(A, B, r, config.init_weights)
@@ -170,6 +178,17 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _alpha_scale_of(self, config: Any, r: int) -> float:
+        """What the `hira_alpha` of a configuration multiplies B by in this layer; 1 without one."""
+        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
+        if alpha is None or takes_files_as_they_are.get():
+            return 1
+        try:
+            W0 = merging.read_original(self)
+        except HiraError as error:
+            raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
+        return scale_of_alpha(alpha, math.sqrt(r) if config.use_rslora else r, W0)
+
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
         check_init_weights(init_weights)
@@ -179,8 +198,18 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 self._init_factors(A, B, self.r[adapter_name], init_weights)
 
+    def tie_adapter(self, adapter_name: str, source: HiraLayer) -> None:
+        """Have an adapter take its A and B from that of another layer with the same weight, and hold none itself."""
+        for factors in self._factor_dicts:
+            del factors[adapter_name]
+        self.r[adapter_name], self.alpha_scale[adapter_name] = source.r[adapter_name], source.alpha_scale[adapter_name]
+        self.tied_to[adapter_name] = source
+
     def resize_adapter(self, adapter_name: str, r: int) -> None:
         """Give an adapter another rank; its values are lost."""
+        if adapter_name in self.tied_to:
+            self.r[adapter_name] = r
+            return
         for factors, shape in zip(self._factor_dicts, self._factor_shapes(r), strict=True):
             old = factors[adapter_name]
             factors[adapter_name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
@@ -192,9 +221,11 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             return
         if self.r[target] != self.r[source]:
             self.resize_adapter(target, self.r[source])
-        with torch.no_grad():
-            for factors in self._factor_dicts:
-                factors[target].copy_(factors[source])
+        if target not in self.tied_to:
+            with torch.no_grad():
+                factors = self._oriented(source, *self._parameters_of(source))
+                for new, old in zip(self._parameters_of(target), factors, strict=True):
+                    new.copy_(old)
         self.alpha_scale[target] = self.alpha_scale[source]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
@@ -214,6 +245,20 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def _set_factors(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
         for factors, value in zip(self._factor_dicts, (A, B), strict=True):
             factors[adapter_name] = value
+
+    def _parameters_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of an adapter as they train, in this layer or in the one that holds them for it."""
+        A, B = self.tied_to.get(name, self)._factor_dicts
+        return A[name], B[name]
+
+    def _oriented(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B as this layer has them: a linear layer's are an embedding's transposed, in the other order."""
+        transposed = self.tied_to.get(name, self).factor_names != self.factor_names
+        return (B.t(), A.t()) if transposed else (A, B)
+
+    def _get_available_adapters(self) -> set[str]:
+        """The layer's adapters; PEFT looks for their parameters, which another layer may hold."""
+        return set(self.r)
 
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
@@ -253,7 +298,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
 
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
-        A, B = (self._factor(factors, name) for factors in self._factor_dicts)
+        A, B = (self._factor(factors, name) for factors in self.tied_to.get(name, self)._factor_dicts)
+        A, B = self._oriented(name, A, B)
         scale = self._scale(name)
         return (A, B) if scale == 1 else (A, B.to(torch.promote_types(B.dtype, torch.float32)) * scale)
 
@@ -292,7 +338,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         """
         A, B = self._factors([adapter])
         dtype = formation_dtype(B.dtype)
-        return self._delta(A.to(dtype), B.to(dtype)).to(self._factor_dicts[1][adapter].dtype)
+        return self._delta(A.to(dtype), B.to(dtype)).to(self._parameters_of(adapter)[1].dtype)
 
     def get_additive_delta(self, adapter: str) -> Tensor:
         """Return ``W0 * BA``, what an adapter adds to the weight, in the base weight's stored shape and dtype."""
@@ -499,7 +545,12 @@ class HiraLayer(nn.Module, BaseTunerLayer):
                 f"The pickle holds a {type(self).__name__} of PEFT's own HiRA, and not of hira. Load it without hira, "
                 "or after hira.unregister(), save its adapter with save_pretrained, and load that with hira."
             )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "record" not in state and state.get("merged_adapters"):
+            raise HiraError(
+                f"The pickle holds a {type(self).__name__} that an older hira merged, which kept W0 otherwise. "
+                "Unpickle and unmerge it there; then pickle it again, or save its adapter with save_pretrained."
+            )
+        super().__setstate__({**_absent_from_older_pickles(state["r"]), **state})  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "hira." + super().__repr__()
@@ -509,8 +560,8 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return f"hira {__version__}"
 
 
-def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
-    """The power of two that is nearest to ``alpha / (r rms(W0))``.
+def scale_of_alpha(alpha: float, r: float, W0: Tensor) -> float:
+    """The power of two that is nearest to ``alpha / (r rms(W0))``, with the square root of the rank for r if so set.
 
     A step of Adam at some rate changes W' by that times as much as if B had no scale: as much as it changes the weight
     of a LoRA of this alpha and rank, alpha / r times its BA.
@@ -518,16 +569,27 @@ def scale_of_alpha(alpha: float, r: int, W0: Tensor) -> float:
     Raises:
         HiraError: W0 has no values here: it is on the meta device, or in other processes.
     """
-    if W0.is_meta or W0.numel() == 0:
-        raise HiraError(
-            "hira_alpha scales each layer's adapter by the size of its weight, which has no values here. Load the base "
-            "model's weights before it is adapted, and adapt it before it is sharded; or leave hira_alpha out."
-        )
+    if W0.is_meta or W0.numel() == 0 or is_dtensor(W0):
+        raise HiraError(_NEEDS_WEIGHT)
     rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
     if not 0 < rms < math.inf:
         return 1
     exponent = round(math.log2(alpha / (r * rms)))
     return 2**exponent if exponent >= 0 else 2.0**exponent
+
+
+def _absent_from_older_pickles(names: Iterable[str]) -> dict[str, Any]:
+    """Attributes that layers did not always have."""
+    return {
+        "name": "",
+        "scaling": dict.fromkeys(names, 1),
+        "alpha_scale": dict.fromkeys(names, 1),
+        "tied_to": {},
+        "merged_scaling": {},
+        "record": None,
+        "others_merged": False,
+        "equal_on_all_processes": set(),
+    }
 
 
 def acts(dropout: nn.Module) -> bool:

@@ -174,6 +174,6 @@ def _product_for(layer: HiraLayer, names: Sequence[str], layout: Layout | None, 
         )
     for name in names:
         if name not in layer.equal_on_all_processes:
-            tensor_parallel.broadcast(layout, [factors[name] for factors in layer._factor_dicts])
+            tensor_parallel.broadcast(layout, list(layer._parameters_of(name)))
             layer.equal_on_all_processes.add(name)
     return tensor_parallel.compute(product, layout, *layer._factors(names))

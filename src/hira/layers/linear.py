@@ -102,7 +102,7 @@ class Linear(HiraLayer):
         W0, dequantize = storage.saved_for_backward()
         if dequantize is not None:
             return None
-        sources = [storage.stored, *(factors[name] for factors in self._factor_dicts for name in names)]
+        sources = [storage.stored, *(factor for name in names for factor in self._parameters_of(name))]
         dtype = effective_weight.product_dtype(x, sources[0].dtype)
         if (
             sources[0].is_meta

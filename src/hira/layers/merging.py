@@ -122,9 +122,17 @@ def unload(layer: HiraLayer, merge: bool, safe_merge: bool, adapter_names: list[
             check_merge(layer, names)
         original = layer.record.original if layer.record else layer.storage.snapshot()
         _write_merged(layer, _copies(layer, [*layer.merged_adapters, *names]), original)
+        _tie_merged(layer)
     _forget_merge(layer)
     base: nn.Module = layer.get_base_layer()
     return base
+
+
+def _tie_merged(layer: HiraLayer) -> None:
+    """Have a layer that is tied to another hold the other's merged weight, where it is the same."""
+    for source in layer.tied_to.values():
+        if torch.equal(source.storage.read(), layer.storage.read()):
+            layer.storage.restore(source.storage.snapshot())
 
 
 def _names_to_merge(layer: HiraLayer, adapter_names: list[str] | None) -> list[str]:

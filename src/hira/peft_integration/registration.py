@@ -26,6 +26,7 @@ import peft.tuners.mixed
 import peft.tuners.mixed.model
 import peft.tuners.tuners_utils
 import peft.tuners.xlora.model
+import peft.utils.hotswap
 import peft.utils.save_and_load
 from huggingface_hub import ModelCard
 from peft.utils import PeftType
@@ -40,6 +41,7 @@ from hira.layers import bitsandbytes, dispatch
 from hira.layers.base import HiraLayer, takes_files_as_they_are
 from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
+from hira.peft_integration.hotswap import finding_layers, padding, swapping, swapping_in_transformers
 from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
 from hira.peft_integration.trl_trainers import copying_reference_adapter, keeping_float32
 from hira.tuner import model as model_module
@@ -141,6 +143,12 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     if riemannian is not None:
         yield riemannian, "_collect_lora_pairs", riemannian_pairs(riemannian._collect_lora_pairs)
 
+    hotswap = peft.utils.hotswap
+    yield hotswap.CONFIG_KEYS_TO_CHECK, PeftType.HIRA, []  # checked as it is swapped
+    yield hotswap, "hotswap_adapter_from_state_dict", swapping(hotswap.hotswap_adapter_from_state_dict)
+    yield hotswap, "_convert_scalings_to_tensor", finding_layers(hotswap._convert_scalings_to_tensor)
+    yield hotswap, "_pad_lora_weights", padding(hotswap._pad_lora_weights)
+
     yield peft.PeftModel, "add_adapter", copying_reference_adapter(peft.PeftModel.add_adapter)
     yield peft.PeftModel, "named_parameters", keeping_float32(peft.PeftModel.named_parameters)
     yield (
@@ -149,7 +157,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
         _with_version_in_card(peft.PeftModel.create_or_update_model_card),
     )
     yield GenerationMixin, "generate", inference_cache.during(GenerationMixin.generate)
-    yield PeftAdapterMixin, "load_adapter", _taking_files_as_they_are(PeftAdapterMixin.load_adapter)
+    load_adapter = _taking_files_as_they_are(PeftAdapterMixin.load_adapter)
+    yield PeftAdapterMixin, "load_adapter", swapping_in_transformers(load_adapter)
 
     for model in (peft.PeftModel, peft.PeftMixedModel):
         yield model, "load_adapter", _all_or_nothing(model.__dict__["load_adapter"])

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from hira.tuner.model import hira_layers
 
 
 def copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `PeftModel.add_adapter` copy A and B into the reference adapter of TRL's trainers.
+    """Make `PeftModel.add_adapter` copy A, B and trainable tokens into the reference adapter of TRL's trainers.
 
     The trainers add it with the configuration of the adapter that trains, and then copy each parameter with ".default."
     in its name. The names of HiRA's parameters end in ".default", as in PEFT.
@@ -27,6 +28,9 @@ def copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[..., 
         if given is not None and _is_of_trl(sys._getframe(1)):
             for layer in hira_layers(self):
                 layer.copy_adapter(given, adapter_name)
+            for module in self.modules():
+                if isinstance(module, TrainableTokensLayer) and given in module.trainable_tokens_delta:
+                    module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[given].data)
         return added
 
     return wrapper

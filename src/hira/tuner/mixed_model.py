@@ -41,8 +41,9 @@ class HiraMixedModel(MixedModel):
         if _is_hira(config):
             check_config(config)
             check_new_name(model, adapter_name, self.peft_config)
-            if getattr(config, "target_parameters", None):
-                raise HiraError("target_parameters is not for mixed models; target modules, or use PeftModel.")
+            for name in ("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"):
+                if getattr(config, name, None):
+                    raise HiraError(f"{name} is not for mixed models; leave it out, or use PeftModel.")
         with unchanged_on_error(model), reporting_unmatched(model, config) if _is_hira(config) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -16,7 +16,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_H
 from torch import Tensor, nn
 
 from hira.base_weights import offloaded
-from hira.config.hira_config import check_config, rank_of
+from hira.config.hira_config import check_config, config_of_module, rank_of
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import plain_name
 from hira.layers import merging
@@ -28,9 +28,11 @@ from hira.layers.experts import check_targets
 from hira.layers.mixed_batch import BASE, adapters_of_rows
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
-from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped
+from hira.tuner.shared_weights import is_tied, replicate, tie, tie_adapter
+from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped, with_tied
+from hira.tuner.trainable_tokens import check_token_layers
 from hira.tuner.transaction import unchanged_on_error
-from hira.tuner.weighted_adapters import SignMethod, add_weighted_adapter
+from hira.tuner.weighted_adapters import SignMethod, Svd, add_weighted_adapter
 
 STOCK_PACKAGE = "peft.tuners.hira"
 _EXPAND = "_expand_inputs_for_generation"
@@ -70,14 +72,30 @@ class HiraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_config(config)
         check_new_name(model, adapter_name, self.peft_config)
-        with unchanged_on_error(model), _fields_back_on_error(config):
+        with unchanged_on_error(model), _fields_back_on_error(config, *_model_configs(model)):
             target_experts(model, config)
             check_targets(model, _target_parameters(config))
             offloaded.check_copies(model, config.modules_to_save or ())
+            targets = partial(self._check_target_module_exists, config)
+            check_token_layers(model, config, self._tied_modules(), targets)
             with reporting_unmatched(model, config, kwargs.get("state_dict")):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             offloaded.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
         offloaded.add_to_device_map(model, HiraLayer, self.prefix)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        replicate(model, peft_config, {name: c for name, c in self.peft_config.items() if c is not peft_config})
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """Tie what `ensure_weight_tying` ties; PEFT would look for modules named embed_tokens and lm_head alone."""
+        if getattr(peft_config, "ensure_weight_tying", False):  # not in PEFT's config
+            tie(peft_config, self.model, self._tied_modules(), partial(self._check_target_module_exists, peft_config))
+        else:
+            super()._check_tied_modules(model, peft_config)
+
+    def _tied_modules(self) -> list[str]:
+        """The names of the modules that share the input embedding's weight."""
+        return [name.removesuffix(".base_layer") for name in self._get_module_names_tied_with_embedding()]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """Choose target modules as PEFT does; where parameters are targeted, the architecture needs no default."""
@@ -123,18 +141,22 @@ class HiraModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         current_key = plain_name(current_key)
-        r = rank_of(hira_config, current_key)
+        r, hira_config = rank_of(hira_config, current_key), config_of_module(hira_config, current_key)
         found = _hira_layer_in(target)
         if found is not None and found.parameter_name == parameter_name:
             # attention adapts its output layer too
             if adapter_name not in found._get_available_adapters():
                 found.update_layer(adapter_name, r, config=hira_config)
+            if is_tied(hira_config, current_key):
+                tie_adapter(found, adapter_name, self.model)
             return
         options = {"r": r, "current_key": current_key, "parameter_name": parameter_name}
         try:
             if isinstance(parent, nn.MultiheadAttention):
                 check_not_offloaded(parent)
             layer: Any = dispatch(target, adapter_name, hira_config, **options)
+            if is_tied(hira_config, current_key):
+                tie_adapter(layer, adapter_name, self.model)
         except HiraError as error:
             raise HiraError(f"{current_key}: {error}") from error
         layer.name = current_key
@@ -144,8 +166,9 @@ class HiraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, HiraLayer) or isinstance(new_module, HiraLayer):
-            # adapters are on their device already; PEFT would look for a weight, which may be missing, to place them
+        if isinstance(child, HiraLayer | AuxiliaryTrainingWrapper) or isinstance(new_module, HiraLayer):
+            # adapters are on their device already; PEFT would look for a weight, which may be missing, to place them,
+            # or assign that of a module which is being unloaded, which may be computed
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -269,6 +292,9 @@ class HiraModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = False,
+        svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: SignMethod = "total",
     ) -> None:
@@ -282,6 +308,11 @@ class HiraModel(BaseTuner):
                 `svd_rank` that is nearest to it; "ties", "dare_linear", "dare_ties" or "magnitude_prune", with or
                 without "_svd" at the end, for what these methods make of the matrices B_i A_i, of `svd_rank` too.
             svd_rank: that rank; by default the largest of the adapters' ranks.
+            svd_clamp: a quantile, in [0, 1]: entries of the singular vectors, those of B times the singular values,
+                that are larger in size than it are cut to it.
+            svd_full_matrices: whether all singular vectors are computed. Those beyond the rank are not used, so True
+                takes more time for the same result.
+            svd_driver: the method of cuSOLVER, for adapters on a CUDA device; see `torch.linalg.svd`.
             density: the share of entries, in (0, 1], that the last four keep.
             majority_sign_method: how TIES and DARE-TIES choose the sign of an entry.
 
@@ -291,8 +322,9 @@ class HiraModel(BaseTuner):
 
         Source: arguments and names from PEFT's LoRA, whose matrix functions are used.
         """
+        svd = Svd(svd_rank, svd_clamp, svd_full_matrices, svd_driver)
         add_weighted_adapter(
-            self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+            self, adapters, weights, adapter_name, combination_type, svd, density, majority_sign_method
         )
 
     # Checkpoints
@@ -319,7 +351,7 @@ class HiraModel(BaseTuner):
         )
         others = kwargs.get("unwanted_adapter_names", ())
         for name, layer in model.named_modules():
-            if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
+            if isinstance(layer, HiraLayer) and adapter_name in layer._factor_dicts[0]:
                 for attribute, factors in zip(layer.factor_names, layer._factor_dicts, strict=True):
                     path = f"{unwrapped(name)}.{attribute}"
                     key = f"{path}.{adapter_name}"
@@ -330,7 +362,7 @@ class HiraModel(BaseTuner):
                     for other in others:
                         found.pop(f"{path}.{other}", None)
         check_whole(found)
-        return scaled_by_alpha(model, adapter_name, found, divide=False)
+        return with_tied(model, adapter_name, scaled_by_alpha(model, adapter_name, found, divide=False))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -351,14 +383,21 @@ class HiraModel(BaseTuner):
 
 
 @contextmanager
-def _fields_back_on_error(config: Any) -> Iterator[None]:
-    before = vars(config).copy()
+def _fields_back_on_error(*configs: Any) -> Iterator[None]:
+    before = [(config, vars(config).copy()) for config in configs]
     try:
         yield
     except BaseException:
-        vars(config).clear()
-        vars(config).update(before)
+        for config, fields in before:
+            vars(config).clear()
+            vars(config).update(fields)
         raise
+
+
+def _model_configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its parts, which say how many layers there are; those of dicts not."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [config for config in configs if hasattr(config, "__dict__")]
 
 
 def _target_parameters(config: Any) -> Collection[str]:

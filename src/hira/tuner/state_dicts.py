@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hira.config.hira_config import config_of_module
 from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import PREFIX, plain_name, stacked
@@ -17,7 +19,7 @@ from hira.files.model.architecture import Architecture
 from hira.layers.base import HiraLayer
 from hira.layers.experts import ParamWrapper
 
-_FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
+FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
 def unwrapped(name: str) -> str:
@@ -61,7 +63,7 @@ def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         state_dict = dict(peft_model_state_dict)
         if _is_hira(model, adapter_name):
-            state_dict = _in_names_of(model, state_dict)
+            state_dict = in_names_of(model, state_dict)
         return set_state_dict(model, state_dict, adapter_name, *args, **kwargs)
 
     return wrapper
@@ -97,7 +99,7 @@ def _replaced(key: str, names: Mapping[str, str]) -> str:
     return f"{names[module]}{rest}".removeprefix(".") if module else key
 
 
-def _in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_names_of(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors under the present names of a model's modules, with the parts of their wrappers."""
     names = _module_names(model)
     has_prefix = PREFIX.removesuffix(".") in names
@@ -188,6 +190,33 @@ def scaled_by_alpha(
     return scaled
 
 
+def with_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with A and B of the layers that hold none because they are tied to another, as readers expect."""
+    names = {layer: unwrapped(name) for name, layer in model.named_modules() if isinstance(layer, HiraLayer)}
+    found = dict(state_dict)
+    for layer, name in names.items():
+        source = layer.tied_to.get(adapter_name)
+        keys = [] if source is None else [f"{names[source]}.{each}.{adapter_name}" for each in source.factor_names]
+        if source is not None and all(key in state_dict for key in keys):
+            A, B = layer._oriented(adapter_name, *(state_dict[key] for key in keys))
+            for factor, value in zip(layer.factor_names, (A, B), strict=True):
+                found[f"{name}.{factor}.{adapter_name}"] = value.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def drop_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> list[str]:
+    """Take A and B of tied layers out of a checkpoint's tensors, and say where they are not those of the other."""
+    problems = []
+    for key, value in with_tied(model, adapter_name, state_dict).items():
+        found = state_dict.get(key)
+        if found is None or value is found:
+            continue
+        if found.shape != value.shape or not torch.equal(found, value):
+            problems.append(f"{key} is not that of the layer with which ensure_weight_tying ties it")
+        del state_dict[key]
+    return problems
+
+
 def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that does not fit the adapter, before any value is loaded.
 
@@ -195,11 +224,11 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     pattern has another. There the adapter gets the file's rank.
     """
     _drop_absent_experts(model, config, adapter_name, state_dict)
-    problems: list[str] = []
+    problems = drop_tied(model, adapter_name, state_dict)
     expected: set[str] = set()
     resized: list[HiraLayer] = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, HiraLayer) or not layer._present([adapter_name]):
+        if not isinstance(layer, HiraLayer) or adapter_name not in layer._factor_dicts[0]:
             continue
         keys = [f"{unwrapped(name)}.{factor}.{adapter_name}" for factor in layer.factor_names]
         expected.update(keys)
@@ -216,7 +245,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
     problems += [
         f"{key} belongs to no adapted module"
         for key in state_dict
-        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(_FACTORS)
+        if key not in expected and key.removesuffix(f".{adapter_name}").endswith(FACTORS)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -226,6 +255,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
         )
     for layer in resized:
         layer.resize_adapter(adapter_name, config.r)
+        layer.alpha_scale[adapter_name] = layer._alpha_scale_of(config_of_module(config, layer.name), config.r)
 
 
 def _drop_absent_experts(model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

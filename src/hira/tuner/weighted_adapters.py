@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -30,36 +31,32 @@ def add_weighted_adapter(
     weights: Sequence[float],
     adapter_name: str,
     combination_type: str,
-    svd_rank: int | None,
+    svd: Svd,
     density: float | None,
     majority_sign_method: SignMethod,
 ) -> None:
     """`HiraModel.add_weighted_adapter`, which says what it does."""
     combine = _combination(combination_type, density, majority_sign_method)
     _check(model, adapters, weights, adapter_name)
-    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
-        raise HiraError(f"svd_rank must be a positive integer, not {svd_rank!r}.")
+    svd.check()
     config = replace(
         model.peft_config[adapters[0]],
-        r=svd_rank or max(model.peft_config[name].r for name in adapters),
+        r=svd.rank or max(model.peft_config[name].r for name in adapters),
         rank_pattern={},
         hira_alpha=None,  # what it scales is in B
+        alpha_pattern=None,
+        use_rslora=False,
+        ensure_weight_tying=False,  # other adapters of tied layers need not be equal
         target_modules=_targets([model.peft_config[name].target_modules for name in adapters]),
         inference_mode=True,
     )
-    with unchanged_on_error(model.model):
+    with unchanged_on_error(model):
         model.peft_config[adapter_name] = config
-        try:
-            model.inject_adapter(model.model, adapter_name)
-            ranks = {}
-            for layer in model.model.modules():
-                if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
-                    ranks[layer.name] = _fill(layer, adapters, weights, adapter_name, combine, svd_rank)
-        except BaseException:
-            del model.peft_config[adapter_name]
-            raise
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
-    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+        model.inject_adapter(model.model, adapter_name)
+        for layer in model.model.modules():
+            if isinstance(layer, HiraLayer) and layer._present([adapter_name]):
+                _fill(layer, adapters, weights, adapter_name, combine, svd)
+    set_ranks(config, model.model, adapter_name)
 
 
 @torch.no_grad()
@@ -69,9 +66,9 @@ def _fill(
     weights: Sequence[float],
     adapter_name: str,
     combine: Combine | None,
-    svd_rank: int | None,
-) -> int:
-    """Give the new adapter of a layer its values, and return its rank."""
+    svd: Svd,
+) -> None:
+    """Give the new adapter of a layer its values."""
     present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.r]
     each = [layer._pairs(name) for name, _ in present]  # for each adapter, A (r, in) and B (out, r) of each matrix
     scales = [weight for _, weight in present]
@@ -82,22 +79,69 @@ def _fill(
             weighted = [weight * B for weight, (_, B) in zip(scales, of_matrix, strict=True)]
             pairs.append((torch.cat([A for A, _ in of_matrix]), torch.cat(weighted, dim=1)))
     else:
-        rank = svd_rank or max(layer.r[name] for name, _ in present)
+        rank = svd.rank or max(layer.r[name] for name, _ in present)
         pairs = []
         for of_matrix in zip(*each, strict=True):
             products = [B.float() @ A.float() for A, B in of_matrix]
-            pairs.append(_truncated(combine(products, torch.tensor(scales, device=products[0].device)), rank))
+            pairs.append(svd.factors(combine(products, torch.tensor(scales, device=products[0].device)), rank))
     layer._set_pairs(adapter_name, rank, pairs)
-    return rank
 
 
-def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The A (rank, in) and B (out, rank) whose product is nearest to a matrix; zeros beyond the matrix's own rank."""
-    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
-    root = S[:rank].sqrt()
-    more = rank - len(root)
-    A, B = root[:, None] * V[:rank], U[:, :rank] * root
-    return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
+def set_ranks(config: Any, model: nn.Module, adapter_name: str) -> None:
+    """Make `r` and `rank_pattern` of a configuration those that its adapter has in a model."""
+    layers = [module for module in model.modules() if isinstance(module, HiraLayer)]
+    ranks = {layer.name: layer.r[adapter_name] for layer in layers if layer._present([adapter_name])}
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+
+
+@dataclass(frozen=True)
+class Svd:
+    """How a matrix is brought to a rank; the names are those of PEFT, with `svd_` before them.
+
+    Args:
+        rank: the rank; None for the largest of the adapters' ranks.
+        clamp: a quantile of the entries of A and B; larger ones are cut to it, with either sign.
+        full_matrices: whether all singular vectors are computed; those beyond the rank are not used.
+        driver: cuSOLVER's method.
+    """
+
+    rank: int | None
+    clamp: float | None
+    full_matrices: bool
+    driver: str | None
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise HiraError(f"svd_rank must be a positive integer, not {self.rank!r}.")
+        if self.clamp is not None and (not isinstance(self.clamp, int | float) or not 0 <= self.clamp <= 1):
+            raise HiraError(f"svd_clamp is a quantile, a number from 0 to 1, not {self.clamp!r}.")
+        if self.driver not in (None, "gesvd", "gesvdj", "gesvda"):
+            raise HiraError(f"svd_driver must be 'gesvd', 'gesvdj', 'gesvda' or None, not {self.driver!r}.")
+
+    def factors(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The A (rank, in) and B (out, rank) whose product is nearest to a matrix, with zeros beyond its own rank."""
+        if self.driver is not None and not matrix.is_cuda:
+            raise HiraError(
+                f"svd_driver is a method of cuSOLVER, for CUDA, and the adapters are on {matrix.device}: leave it out."
+            )
+        U, S, V = torch.linalg.svd(matrix, full_matrices=self.full_matrices, driver=self.driver)
+        S = S[:rank]
+        A, B = V[: len(S)], U[:, : len(S)] * S
+        if self.clamp is not None:
+            limit = _quantile(torch.cat([A.flatten(), B.flatten()]), self.clamp)
+            A, B = A.clamp(-limit, limit), B.clamp(-limit, limit)
+        more = rank - len(S)
+        return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """A quantile, interpolated linearly; torch.quantile refuses more than 2^24 values."""
+    position = q * (len(values) - 1)
+    below, ordered = math.floor(position), values.sort().values
+    low, high = ordered[below], ordered[min(below + 1, len(values) - 1)]
+    return float(low + (high - low) * (position - below))
 
 
 def _combination(name: str, density: float | None, majority_sign_method: SignMethod) -> Combine | None:
@@ -132,11 +176,12 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], adapte
         if any(value != values[0] for value in values):
             raise HiraError(f"{field} is {values} for adapters {list(adapters)}, which have to agree to be joined.")
     for name in adapters:
-        if model.peft_config[name].modules_to_save:
-            raise HiraError(
-                f"Adapter {name!r} has modules_to_save, {sorted(model.peft_config[name].modules_to_save)}, which are "
-                "whole modules: there is no weighted sum of them. Merge such adapters into the model one by one."
-            )
+        for field, what in (("modules_to_save", "modules"), ("trainable_token_indices", "rows")):
+            if value := getattr(model.peft_config[name], field, None):
+                raise HiraError(
+                    f"Adapter {name!r} has {field}, {value}, which are whole {what}: there is no weighted sum of them. "
+                    "Merge such adapters into the model one by one."
+                )
 
 
 def _targets(targets: list[Any]) -> Any:

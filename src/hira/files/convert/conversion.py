@@ -21,6 +21,12 @@ from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 _SHARED = (
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("trainable_token_indices", "ensure_weight_tying"),
+)
+
+# fields that PEFT's HiRA lacks, and on which the outputs of a file's A and B do not depend
+_WITHOUT_EFFECT = frozenset(
+    ("weight_gradient", "target_parameters", "hira_alpha", "alpha_pattern", "use_rslora", "ensure_weight_tying")
 )
 
 # a relative error of LoRA's float32 tensors at full rank is some 1e-7
@@ -171,19 +177,26 @@ def to_lora(
 def fold(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the tensors of an adapter so that PEFT's own HiRA loads it and computes the same.
 
-    `weight_gradient` is removed, since the adapter's outputs do not depend on it. PEFT up to 0.21 ignores
+    Options are removed on which the outputs of A and B, as they are in the file, do not depend. PEFT up to 0.21 ignores
     `rank_pattern` for a model's first adapter, so factors of several ranks get zeros up to the largest:
     ``[B 0] [A; 0] = BA``.
 
     Raises:
-        HiraError: the adapter has `target_parameters`, or adapts the output projection of `nn.MultiheadAttention`,
-            which PEFT's HiRA does not have. That other modules are attention, grouped convolutions or quantised by
-            others than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
+        HiraError: the adapter has `target_parameters`, `trainable_token_indices`, `layer_replication`, or modules to
+            save that `ensure_weight_tying` ties, or adapts the output projection of `nn.MultiheadAttention`, which
+            PEFT's HiRA does not have. That other modules are attention, grouped convolutions or quantised by others
+            than bitsandbytes is in the model, not in the adapter: PEFT refuses these as it loads.
     """
     _check(adapter, "which PEFT's own HiRA does not adapt")
-    config = {
-        key: value for key, value in adapter.config.items() if key not in ("weight_gradient", "target_parameters")
-    }
+    for name in ("trainable_token_indices", "layer_replication"):
+        if adapter.config.get(name) is not None:
+            raise HiraError(f"The adapter has {name}, which PEFT's own HiRA does not have; hira and PEFT's LoRA do.")
+    if adapter.config.get("ensure_weight_tying") and adapter.config.get("modules_to_save"):
+        raise HiraError(
+            "The adapter has modules_to_save that ensure_weight_tying ties to others, which PEFT's own HiRA does not "
+            "do. Train it with all of them in modules_to_save, without ensure_weight_tying."
+        )
+    config = {key: value for key, value in adapter.config.items() if key not in _WITHOUT_EFFECT}
     ranks = {factors.rank for factors in adapter.modules.values()}
     if ranks == {config.get("r")} and not config.get("rank_pattern"):
         return config, dict(adapter.tensors)

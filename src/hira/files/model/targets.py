@@ -15,6 +15,8 @@ from hira.files.model.parameters import IN_MEMORY, Parameters, StoredMatrix, mat
 from hira.files.model.quantisation import check_real
 
 _BLOCK = 16 << 20
+# what PEFT calls the rows of an embedding that `trainable_token_indices` names
+_ROWS = ".token_adapter.trainable_tokens_delta"
 # of PEFT's tasks, those of models without a head that predicts tokens
 _OTHER_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -109,10 +111,18 @@ def changes_of(
     saved: dict[str, SavedParameter] = {}
     prefixes = set()
     for given, weight in zip(adapters, weights, strict=True):
+        _check_layers(given)
         adapter, named, prefix = _naming(parameters, given)
         prefixes.add(prefix)
         for other, key in adapter.others.items():
             if ".original_module." in other:  # PEFT saves it beside a resized embedding of `modules_to_save`
+                continue
+            if other.endswith(_ROWS):
+                if merging:
+                    raise HiraError(
+                        f"The adapter {adapter.path} has trainable_token_indices, rows of {other.removesuffix(_ROWS)} "
+                        f"that were trained whole, which are not merged from files. {IN_MEMORY}"
+                    )
                 continue
             name = named(other).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             dtype, shape = dtypes_and_shapes(adapter.tensors)[key]
@@ -135,6 +145,15 @@ def changes_of(
     if len(prefixes) > 1:
         raise HiraError(f"The adapters were made for models that name their parameters differently. {IN_MEMORY}")
     return Changes(targets, saved, prefixes.pop())
+
+
+def _check_layers(adapter: Adapter) -> None:
+    """Refuse an adapter of a model that has other layers than the files of the base model."""
+    if (ranges := adapter.config.get("layer_replication")) is not None:
+        raise HiraError(
+            f"The adapter {adapter.path} has layer_replication {ranges}: its layers are not those of the base model's "
+            "files. Load the base model and the adapter with PEFT; merge_and_unload() merges in memory."
+        )
 
 
 def _given_and_renamed(parameters: Parameters, given: Adapter) -> Iterator[Adapter]:
