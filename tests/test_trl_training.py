@@ -34,6 +34,7 @@ ROWS = {
     "GRPO": {"prompt": ["a b", "c"]},
     "RLOO": {"prompt": ["a b", "c"]},
     "Reward": PAIRS,
+    "Distillation": {"prompt": ["a b", "c"]},
 }
 
 
@@ -41,6 +42,8 @@ def trainer(kind: str, model, rows, folder, config=None, processing_class=None, 
     common = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
     sizes = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2}
     more = {"peft_config": config} if config else {}
+    if kind == "Distillation":
+        more["teacher_model"] = llama()
     if kind in ("GRPO", "RLOO"):
         common |= {"num_generations": 2, "beta": 0.1}
         more["reward_funcs"] = lambda completions, **kwargs: [0.0] * len(completions)

@@ -47,7 +47,8 @@ def keeping_float32(named_parameters: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         found: Iterator[tuple[str, nn.Parameter]] = named_parameters(self, *args, **kwargs)
         caller = sys._getframe(1)
-        if not _is_of_trl(caller) or caller.f_code.co_name != "__init__" or _is_sharded(caller.f_locals["args"]):
+        arguments = caller.f_locals.get("args") if caller.f_code.co_name == "__init__" and _is_of_trl(caller) else None
+        if arguments is None or _is_sharded(arguments):
             return found
         layers = hira_layers(self)
         factors = {id(p) for layer in layers for values in layer._factor_dicts for p in values.values()}
