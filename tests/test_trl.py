@@ -14,6 +14,7 @@ from trl_models import llama, tokenizer
 trl = pytest.importorskip("trl")
 
 IDS = torch.tensor([[3, 4, 5, 6]])
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.hira_B."
 CASES = {
     "DPO": {"prompt": ["a b", "c"], "chosen": [" d", " e f"], "rejected": [" g", " h"]},
     "KTO": {"prompt": ["a b", "c"], "completion": [" d", " e f"], "label": [True, False]},
@@ -107,6 +108,24 @@ def test_the_reference_stays_while_the_adapter_trains(kind, start, tmp_path, mon
         assert parameter.requires_grad == name.endswith(".default")
     with torch.no_grad():
         assert not torch.allclose(made.model.eval()(input_ids=IDS).logits, before, atol=1e-2)
+
+
+def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path):
+    """The trainer saves the reference beside the adapter, in a folder of its own, and loads both over those it has."""
+    trained(tmp_path / "start", hira_alpha=8)
+
+    def run(folder, **resuming):
+        model = PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
+        made = trainer("DPO", model, folder, steps=4, rate=0.1)
+        made.args.save_steps = 2
+        made.train(**resuming)
+        return dict(made.model.named_parameters())
+
+    straight = run(tmp_path / "straight")
+    assert (tmp_path / "straight" / "checkpoint-2" / "ref" / "adapter_model.safetensors").is_file()
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert [name for name, value in straight.items() if not torch.equal(value, resumed[name])] == []
+    assert not torch.equal(straight[NAME + "default"], straight[NAME + "ref"])
 
 
 def test_the_loss_of_the_first_step_is_log_2(tmp_path):
