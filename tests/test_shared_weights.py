@@ -77,10 +77,11 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     torch.testing.assert_close(logits(model), y, **CLOSE)
     model.unmerge_adapter()
     assert torch.equal(logits(model), y)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged), y, **CLOSE)
-    assert merged.get_submodule(tied[0]).weight is merged.get_submodule(tied[-1]).weight
-    assert merged.config.tie_word_embeddings
+    again.merge_adapter()
+    for merged in (model.merge_and_unload(), again.merge_and_unload()):
+        torch.testing.assert_close(logits(merged), y, **CLOSE)
+        assert merged.get_submodule(tied[0]).weight is merged.get_submodule(tied[-1]).weight
+        assert merged.config.tie_word_embeddings
 
 
 def test_the_gradient_is_that_of_both_uses():
@@ -226,6 +227,8 @@ def test_what_cannot_be_tied():
         get_peft_model(tied_llama(), config("lm_head", exclude_modules=["embed_tokens"]))
     with pytest.warns(UserWarning, match="no tied modules were found"):
         get_peft_model(llama(), config("embed_tokens"))
+    model = get_peft_model(tied_llama(), HiraConfig(ensure_weight_tying=True, modules_to_save=["lm_head"]))
+    assert {layer.name.rpartition(".")[2] for layer in hira_layers(model)} == {"q_proj", "v_proj"}
     with pytest.warns(UserWarning, match="ensure_weight_tying is set, but none of model.embed_tokens, lm_head"):
         get_peft_model(tied_llama(), config("q_proj"))
     with pytest.raises(HiraError, match="ensure_weight_tying is not for mixed models"):

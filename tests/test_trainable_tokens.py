@@ -131,6 +131,13 @@ def test_a_layer_that_hira_adapts_is_refused_by_name(targets):
         model.add_adapter("other", config(target_modules=["v_proj"]))
 
 
+def test_modules_by_default():
+    """PEFT chooses those of the architecture."""
+    model = get_peft_model(llama(tie_word_embeddings=True), config(target_modules=None, ensure_weight_tying=True))
+    y = logits(trained(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, **CLOSE)
+
+
 def test_an_untied_head_may_be_a_target():
     model = get_peft_model(llama(), config(target_modules=["lm_head"]))
     y = logits(trained(model))

@@ -16,7 +16,7 @@ from hira.layers.base import HiraLayer
 _MARK = "layer_replication"
 
 
-def tie(config: Any, model: Any, tied: list[str], targets: Callable[[str], Any]) -> None:
+def tie(config: Any, model: Any, tied: list[str], targets: Callable[[str], bool]) -> None:
     """Make a configuration with `ensure_weight_tying` adapt, or save, all modules with one weight if it does any.
 
     Args:
