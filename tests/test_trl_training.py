@@ -284,7 +284,6 @@ def test_a_reward_model_trains_and_saves_its_head(tmp_path):
     start = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
     assert losses(made)[-1] < losses(made)[0] - 0.1
-    assert config.modules_to_save == ["lm_head"]
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, start[name])}
     assert moved == {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert any("score.modules_to_save.default" in name for name in moved)
