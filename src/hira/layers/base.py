@@ -18,6 +18,7 @@ from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
+from hira.distributed.gathering import gathered
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
@@ -155,7 +156,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_init_weights(config.init_weights)
         self.storage.check_here()
         alpha = None if takes_files_as_they_are.get() else getattr(config, "hira_alpha", None)  # not in PEFT's config
-        alpha_scale = 1 if alpha is None else scale_of_alpha(alpha, r, merging.read_original(self))
+        alpha_scale: float = 1
+        if alpha is not None:
+            with gathered(self.get_base_layer()):
+                alpha_scale = scale_of_alpha(alpha, r, merging.read_original(self))
         A, B = (torch.randn(shape) for shape in self._factor_shapes(r))
         if config.init_weights is not False:
             self._init_factors(A, B, r, config.init_weights)
