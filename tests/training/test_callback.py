@@ -137,7 +137,7 @@ def test_a_learning_rate_for_lora_is_told_of_once(tmp_path):
         assert sum("hira_alpha=8" in str(each.message) for each in caught) == told
 
 
-@pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "10"])
 def test_an_interval_that_is_none(tmp_path, every):
     with pytest.raises(HiraError, match="every"):
         HiraCallback(trainer(tmp_path), every=every)
@@ -151,6 +151,14 @@ def test_weights_divided_over_processes_are_refused_before_the_first_step(tmp_pa
     with pytest.raises(HiraError, match="ZeRO-3"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_the_check_of_the_learning_rate_alone(tmp_path):
+    run = trainer(tmp_path, learning_rate=1e-4)
+    run.add_callback(HiraCallback(run, every=None))
+    hira_layers(run.model)[0].get_base_layer().weight.ds_id = 1  # which only measuring would mind
+    run.train()
+    assert not any("hira/" in key for row in run.state.log_history for key in row)
 
 
 def test_hira_is_imported_without_transformers():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ from hira.files.model.architecture import Architecture
 from hira.layers.base import HiraLayer
 from hira.layers.experts import ParamWrapper
 
+# whether PEFT asks a tuner for the tensors that it saves and loads, so that HiraModel scales them; PEFT 0.20 does not
+ASKS_TUNER = hasattr(BaseTuner, "_get_adapter_state_dict")
 _FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
@@ -41,6 +44,9 @@ def saving(get_state_dict: Callable[..., dict[str, Tensor]]) -> Callable[..., di
         names = _module_names(model)
         if state_dict is not None:
             state_dict = {_replaced(plain_name(key), names): value for key, value in state_dict.items()}
+        if not ASKS_TUNER:
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = scaled_by_alpha(model, adapter_name, state_dict, divide=False)
         found = get_state_dict(model, state_dict, adapter_name, *args, **kwargs)
         plain = {name: key for key, name in names.items()}
         return {_replaced(key, plain): value for key, value in found.items()}
@@ -62,6 +68,8 @@ def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         state_dict = dict(peft_model_state_dict)
         if _is_hira(model, adapter_name):
             state_dict = _in_names_of(model, state_dict)
+            if not ASKS_TUNER:
+                state_dict = scaled_by_alpha(model, adapter_name, state_dict, divide=True, ending="")
         return set_state_dict(model, state_dict, adapter_name, *args, **kwargs)
 
     return wrapper
@@ -172,17 +180,19 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
 
 
 def scaled_by_alpha(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], *, divide: bool
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], *, divide: bool, ending: str | None = None
 ) -> dict[str, Tensor]:
     """A state dict with s B for the B of each layer, as a checkpoint has it, or, divided by s, with B as it trains.
 
-    The scales s of `hira_alpha` are powers of two, so nothing is rounded.
+    The scales s of `hira_alpha` are powers of two, so nothing is rounded. The adapter's name is the ending of the keys,
+    if there is no other.
     """
+    ending = f".{adapter_name}" if ending is None else ending
     scaled = dict(state_dict)
     for name, layer in model.named_modules():
         scale = layer.alpha_scale.get(adapter_name, 1) if isinstance(layer, HiraLayer) else 1
         if scale != 1:
-            key = f"{unwrapped(name)}.{layer.factor_names[1]}.{adapter_name}"
+            key = f"{unwrapped(name)}.{layer.factor_names[1]}{ending}"
             if key in scaled:
                 scaled[key] = scaled[key] / scale if divide else scaled[key] * scale
     return scaled
