@@ -19,6 +19,7 @@ from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
 from hira.distributed.detection import is_dtensor
+from hira.distributed.gathering import gathered
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.ops.linear import Dequantize
@@ -204,12 +205,14 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
         if alpha is None or takes_files_as_they_are.get():
             return 1, 1
-        try:
-            W0 = merging.read_original(self)
-        except HiraError as error:
-            raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
         ranks = [math.sqrt(rank) if config.use_rslora else rank for rank in (r, config.lora_r)]
-        return scale_of_alpha(alpha, ranks[0], W0), power_of_two(alpha / ranks[1]) if ranks[1] else 1
+        with gathered(self.get_base_layer()):
+            try:
+                W0 = merging.read_original(self)
+            except HiraError as error:
+                raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
+            alpha_scale = scale_of_alpha(alpha, ranks[0], W0)
+        return alpha_scale, power_of_two(alpha / ranks[1]) if ranks[1] else 1
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""

@@ -1,0 +1,80 @@
+"""One run of `hira finetune`: check everything, then train, or launch the processes that do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hira.errors import HiraError
+from hira.files.io.model_card import CARD
+from hira.training.finetune import checkpoints, dataset, results, trainers
+from hira.training.finetune.arguments import Arguments, parse
+from hira.training.finetune.launch import is_launched, launch
+from hira.training.finetune.plan import Adapted, base_config, plan
+
+PACKAGES = ("accelerate", "datasets", "matplotlib", "transformers", "trl")
+
+
+def finetune(command: Sequence[str], launched: bool = False) -> None:
+    """Train an adapter as the arguments say, and leave it in the output folder with a card and the loss's curve.
+
+    Args:
+        command: the arguments of `hira finetune`.
+        launched: whether this is one of the processes that accelerate launched.
+
+    Raises:
+        HiraError: arguments, data or base model cannot be used; nothing has been written then. Or a launched process
+            failed.
+        SystemExit: the help was asked for and printed.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise HiraError(f"hira finetune needs {', '.join(missing)}: pip install 'hira[train]'.")
+    arguments = parse(command)
+    trainers.check(arguments)
+    base_config(arguments)
+    if not launched:
+        dataset.check(arguments)
+    output = Path(arguments.training.output_dir)
+    checkpoint = checkpoints.checkpoint_to_resume(output, arguments.training.resume_from_checkpoint)
+    data = dataset.load(arguments)
+    labels = trainers.labels_of(arguments, data)
+    tokenizer = trainers.tokenizer_of(arguments, data)
+    if not launched:
+        adapted, memory = plan(arguments, None if labels is None else len(labels))
+        print(f"data: {', '.join(data.names)}; {data.rows()}", *adapted.lines(), *memory.lines(), sep="\n", flush=True)
+        if arguments.run.dry_run:
+            return
+        if is_launched(arguments):
+            launch(arguments)
+            return
+    _train(trainers.trainer_for(arguments, data, tokenizer, labels), arguments, data, checkpoint)
+
+
+def _train(trainer: Any, arguments: Arguments, data: dataset.Data, checkpoint: str | None) -> None:
+    """Train, evaluate, and write the adapter and what belongs to it."""
+    output = Path(arguments.training.output_dir)
+    adapted = Adapted.of(trainer.model)
+    metrics: dict[str, Any] = {}
+
+    def write_card(*_: Any, **__: Any) -> None:
+        if trainer.is_world_process_zero():
+            results.write_card(arguments, adapted, data, metrics)
+
+    trainer.create_model_card = write_card  # in the place of TRL's, at checkpoints and when the folder is pushed
+    metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    if data.test is not None:
+        metrics.update(trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        trainer.save_metrics("all", metrics, combined=False)
+        results.draw_curve(trainer.state.log_history, output / results.CURVE)
+        write_card()
+        steps = f"{trainer.state.global_step} steps, {results.summary(metrics)}"
+        print(f"{output}: adapter, {CARD}, {results.CURVE}; {steps}")
+    if arguments.training.push_to_hub:
+        trainer.push_to_hub()
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: the trackers' end, and that of the process group
+        trainer.end()
