@@ -38,22 +38,12 @@ def main(arguments: list[str] | None = None) -> Trainer:
     options = parser.parse_args(arguments)
     split = sounds(800).train_test_split(test_size=200, seed=0)
     torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    convolutions = {"conv_dim": (32, 32), "conv_kernel": (10, 8), "conv_stride": (5, 4)}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    head = {"classifier_proj_size": 32, "num_labels": 4}
     model = Wav2Vec2ForSequenceClassification(
-        Wav2Vec2Config(
-            conv_dim=(32, 32),
-            conv_kernel=(10, 8),
-            conv_stride=(5, 4),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            classifier_proj_size=32,
-            num_conv_pos_embedding_groups=4,
-            num_conv_pos_embeddings=16,
-            apply_spec_augment=False,
-            initializer_range=0.1,
-            num_labels=4,
-        )
+        Wav2Vec2Config(**sizes, **convolutions, **positions, **head, apply_spec_augment=False, initializer_range=0.1)
     )
 
     # with LoRA: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
