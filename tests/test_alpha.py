@@ -208,7 +208,7 @@ def test_a_peft_that_does_not_ask_the_tuner(tmp_path, monkeypatch):
     model = trained(adapted(hira_alpha=16))
     model.save_pretrained(tmp_path / "wanted")
     wanted = load_file(tmp_path / "wanted" / "adapter_model.safetensors")
-    monkeypatch.setattr(state_dicts, "ASKS_TUNER", False)
+    monkeypatch.setattr(state_dicts, "_TUNER_CONVERTS", False)
     for name in ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"):
         monkeypatch.delattr(HiraModel, name)
     for options in ({}, {"state_dict": model.state_dict()}):  # the second is how Trainer saves

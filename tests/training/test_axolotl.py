@@ -123,9 +123,6 @@ def test_the_learning_rate_is_checked(plugin):
     ("setting", "value", "named"),
     [
         ("peft_use_dora", True, "use_dora"),
-        ("peft_use_rslora", True, "hira_alpha"),
-        ("lora_alpha_pattern", {"q_proj": 4}, "alpha_pattern"),
-        ("peft_layer_replication", [(0, 1)], "layer_replication"),
         ("peft_init_lora_weights", "pissa", "init_weights"),
         ("peft", Cfg(loftq_config={"loftq_bits": 4}), "loftq_config"),
     ],

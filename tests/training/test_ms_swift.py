@@ -92,7 +92,6 @@ def test_tasks(tuner, task, of_peft):
     ("argument", "value", "named"),
     [
         ("use_dora", True, "use_dora"),
-        ("use_rslora", True, "hira_alpha"),
         ("lora_bias", "all", "lora_bias"),
         ("lora_dtype", "bfloat16", "lora_dtype"),
         ("init_weights", "pissa", "init_weights"),

@@ -39,7 +39,6 @@ class HiraTuner(PeftTuner):
         """
         lacking = {
             "use_dora": args.use_dora,
-            "use_rslora": args.use_rslora,
             "lora_bias": args.lora_bias != "none",
             "lora_dtype": args.lora_dtype,
         }
@@ -52,6 +51,7 @@ class HiraTuner(PeftTuner):
             target_parameters=args.target_parameters,
             modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
             init_weights=args.init_weights,
+            use_rslora=args.use_rslora,
             # HiraConfig refuses these, with what to do instead
             **{name: value for name, value in lacking.items() if value},
         )

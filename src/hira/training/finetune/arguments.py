@@ -22,7 +22,7 @@ RATE = 2e-4  # the rate that TRL's documentation gives LoRA; its own default, 2e
 _INSTEAD = {
     "use_peft": "leave it out: an adapter is what is trained",
     "use_dora": "leave it out: HiRA scales each entry of the weight already, and is not combined with DoRA",
-    "use_rslora": "for its learning rate, hira_alpha is LoRA's alpha times the square root of hira_r",
+    "use_rslora": "it is hira_use_rslora",
     "lora_task_type": "use task_type",
 }
 
