@@ -147,4 +147,4 @@ def test_help_lists_trls_and_hiras_arguments_without_loras(capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--hira_r", "--packing", "--load_in_4bit", "--datasets", "--dry-run"))
-    assert "lora_" not in shown and "use_peft" not in shown
+    assert "--lora_" not in shown and "use_peft" not in shown
