@@ -16,6 +16,9 @@ def finetune(context: typer.Context) -> None:
     """Train a HiRA adapter with TRL's SFTTrainer, or a classifier of texts; --help lists TRL's and HiRA's arguments."""
     warnings.simplefilter("ignore", FutureWarning)  # TRL's own defaults have names that transformers is about to drop
     with errors_as_messages():
+        from hira.training.finetune.packages import check_packages
+
+        check_packages()
         with quiet_imports():
             from hira.training.finetune.run import finetune as run
 

@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hira
 from hira import HiraError
+from hira.training.finetune.arguments import parse
+from hira.training.finetune.launch import launch_flags
+from hira.training.finetune.packages import NEEDED
 from hira.training.finetune.run import finetune
 
 LEARNS = {"hira_r": 8, "learning_rate": 3e-2, "per_device_train_batch_size": 8}
@@ -218,11 +221,37 @@ def test_an_adapter_is_not_overwritten(flags):
 
 @pytest.mark.parametrize("package", ["trl", "datasets", "accelerate", "matplotlib"])
 def test_a_missing_package_is_named(package, flags, monkeypatch):
-    from importlib.util import find_spec
+    there = {name: name for name in NEEDED if name != package}
+    monkeypatch.setattr("hira.training.finetune.packages.find_spec", there.get)
+    ended = run_in_this_process("finetune", *flags)
+    assert ended.returncode == 1
+    assert ended.stderr == f"hira: hira finetune needs {package}: pip install 'hira[train]'.\n"
 
+
+def test_all_gpus_are_used(flags, monkeypatch):
+    """As many processes as there are GPUs, unless their number is given or this is one of them."""
+    launches, trained = [], []
+    monkeypatch.setattr("hira.training.finetune.run.launch", lambda arguments: launches.append(arguments.command))
     monkeypatch.setattr(
-        "hira.training.finetune.run.find_spec", lambda name: None if name == package else find_spec(name)
+        "hira.training.finetune.run._train", lambda trainer, arguments, *_: trained.append(arguments.command)
     )
-    with pytest.raises(HiraError) as refused:
-        finetune(flags)
-    assert package in str(refused.value) and "pip install 'hira[train]'" in str(refused.value)
+    monkeypatch.setattr("hira.training.finetune.trainers.trainer_for", lambda *_: None)
+    one = [*flags, "--num_processes", "1"]
+    finetune(flags)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    for command in (flags, one):
+        finetune(command)
+    finetune(flags, launched=True)
+    assert launches == [flags] and trained == [flags, one, flags]
+
+
+def test_what_accelerate_is_given(flags, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 3)
+    given = launch_flags(parse([*with_changed(flags, accelerate_config="zero3", bf16=True)]))
+    options = dict(zip(given[::2], given[1::2], strict=True))
+    assert options["--config_file"].endswith("zero3.yaml")
+    assert (options["--num_processes"], options["--mixed_precision"]) == ("3", "bf16")
+    assert options["--fsdp_cpu_ram_efficient_loading"] == "false"
+    Path("mine.yaml").write_text("num_processes: 4\n")
+    given = launch_flags(parse([*with_changed(flags, accelerate_config="mine.yaml")]))
+    assert "mine.yaml" in given and "--num_processes" not in given

@@ -81,7 +81,7 @@ class RunArguments:
         default=None, metadata={"help": "ddp, fsdp2, zero2 or zero3, another of TRL's, or a file of accelerate's."}
     )
     num_processes: int | None = field(
-        default=None, metadata={"help": "Processes to launch; for the named configurations one for each GPU if unset."}
+        default=None, metadata={"help": "Processes to launch; one for each GPU if unset."}
     )
 
 
@@ -106,6 +106,11 @@ class Arguments(NamedTuple):
     def classifies(self) -> bool:
         """Whether a classifier is trained, not a language model."""
         return self.run.task_type == "SEQ_CLS"
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether code of the base model's may run; TRL has moved the option from ModelConfig to SFTConfig."""
+        return any(getattr(group, "trust_remote_code", False) for group in (self.training, self.model))
 
     @property
     def alpha(self) -> float | None:
@@ -215,11 +220,11 @@ def _from_json(text: str) -> Any:
 
 def _instead(name: str, known: dict[str, Any]) -> str:
     """What to use in the place of an unknown argument."""
-    if name in _INSTEAD:
-        return _INSTEAD[name]
     own = "hira_" + name.removeprefix("lora_")
     if own in known:
         return f"use {own}"
+    if name in _INSTEAD:
+        return _INSTEAD[name]
     if name.startswith("lora_"):
         return "this field of LoRA has no counterpart in HiRA; leave it out"
     close = difflib.get_close_matches(name, known, n=1)

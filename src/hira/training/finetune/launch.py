@@ -14,9 +14,10 @@ _ALIASES = {"ddp": "multi_gpu"}
 MODULE = "hira.training.finetune"
 
 
-def is_launched(arguments: Arguments) -> bool:
-    """Whether the run is to be launched by accelerate."""
-    return arguments.run.accelerate_config is not None or (arguments.run.num_processes or 1) > 1
+def needs_launcher(arguments: Arguments) -> bool:
+    """Whether accelerate has to launch the run: in several processes, by default one for each GPU, or as is said."""
+    count = arguments.run.num_processes or torch.accelerator.device_count()
+    return arguments.run.accelerate_config is not None or count > 1
 
 
 def launch(arguments: Arguments) -> None:
@@ -46,6 +47,8 @@ def launch_flags(arguments: Arguments) -> list[str]:
     run, training = arguments.run, arguments.training
     name = run.accelerate_config or "ddp"
     flags = ["--mixed_precision", "bf16" if training.bf16 else "fp16" if training.fp16 else "no"]
+    # hira_alpha reads the base model's weights in each process, which this would load in one alone
+    flags += ["--fsdp_cpu_ram_efficient_loading", "false"]
     if Path(name).is_file():
         flags += ["--config_file", name]
         return flags if run.num_processes is None else [*flags, "--num_processes", str(run.num_processes)]
@@ -59,6 +62,5 @@ def launch_flags(arguments: Arguments) -> list[str]:
     count = run.num_processes or torch.accelerator.device_count()
     if not count:
         raise HiraError(f"no GPU is here to count, so {name} needs --num_processes.")
-    flags += ["--config_file", str(file), "--num_processes", str(count), "--main_process_port", "0"]  # any that is free
-    # hira_alpha reads the base model's weights in each process, where this would have zeros in all but one
-    return [*flags, "--fsdp_cpu_ram_efficient_loading", "false"]
+    # port 0 is any that is free
+    return [*flags, "--config_file", str(file), "--num_processes", str(count), "--main_process_port", "0"]

@@ -86,7 +86,7 @@ def plan(arguments: Arguments, labels: int | None = None) -> tuple[Adapted, Memo
     training = arguments.training
     try:
         with torch.device("meta"):
-            base = auto_class(arguments).from_config(config, trust_remote_code=training.trust_remote_code)
+            base = auto_class(arguments).from_config(config, trust_remote_code=arguments.trusts_code)
         weights = _bytes_of(base, arguments)
         model = get_peft_model(base, arguments.config(weights=False))
     except (ValueError, KeyError) as error:
@@ -108,9 +108,9 @@ def base_config(arguments: Arguments) -> Any:
     name = arguments.model.model_name_or_path
     if not name:
         raise HiraError("no base model is named: use --model_name_or_path FOLDER, or owner/name on the hub.")
-    trusted = arguments.training.trust_remote_code
+    revision = arguments.model.model_revision
     try:
-        return AutoConfig.from_pretrained(name, revision=arguments.model.model_revision, trust_remote_code=trusted)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=arguments.trusts_code)
     except (OSError, ValueError) as error:
         raise HiraError(f"the base model {name} cannot be read: {error}") from error
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hira.errors import HiraError
 from hira.files.io.model_card import CARD
 from hira.training.finetune import checkpoints, dataset, results, trainers
 from hira.training.finetune.arguments import Arguments, parse
-from hira.training.finetune.launch import is_launched, launch
+from hira.training.finetune.launch import launch, needs_launcher
 from hira.training.finetune.plan import Adapted, base_config, plan
-
-PACKAGES = ("accelerate", "datasets", "matplotlib", "transformers", "trl")
 
 
 def finetune(command: Sequence[str], launched: bool = False) -> None:
@@ -22,15 +19,14 @@ def finetune(command: Sequence[str], launched: bool = False) -> None:
 
     Args:
         command: the arguments of `hira finetune`.
-        launched: whether this is one of the processes that accelerate launched.
+        launched: whether this is one of the processes that accelerate launched; one of torchrun's is known as such.
 
     Raises:
-        HiraError: arguments, data or base model cannot be used; nothing has been written then. Or a launched process
-            failed.
+        HiraError: arguments, data or base model cannot be used, and the output folder is as it was; or a launched
+            process failed.
         SystemExit: the help was asked for and printed.
     """
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise HiraError(f"hira finetune needs {', '.join(missing)}: pip install 'hira[train]'.")
+    launched = launched or "LOCAL_RANK" in os.environ
     arguments = parse(command)
     trainers.check(arguments)
     base_config(arguments)
@@ -46,7 +42,7 @@ def finetune(command: Sequence[str], launched: bool = False) -> None:
         print(f"data: {', '.join(data.names)}; {data.rows()}", *adapted.lines(), *memory.lines(), sep="\n", flush=True)
         if arguments.run.dry_run:
             return
-        if is_launched(arguments):
+        if needs_launcher(arguments):
             launch(arguments)
             return
     _train(trainers.trainer_for(arguments, data, tokenizer, labels), arguments, data, checkpoint)

@@ -53,7 +53,7 @@ def tokenizer_of(arguments: Arguments, data: Data) -> Any:
     name, revision = arguments.model.model_name_or_path, arguments.model.model_revision
     loader = AutoTokenizer if arguments.classifies else AutoProcessor  # as SFTTrainer does
     try:
-        found = loader.from_pretrained(name, revision=revision, trust_remote_code=arguments.training.trust_remote_code)
+        found = loader.from_pretrained(name, revision=revision, trust_remote_code=arguments.trusts_code)
     except (OSError, ValueError, KeyError) as error:
         raise HiraError(f"the tokenizer of {name} cannot be read: {error}") from error
     tokenizer = getattr(found, "tokenizer", found)
@@ -118,7 +118,7 @@ def _model_options(arguments: Arguments) -> dict[str, Any]:
     model, training = arguments.model, arguments.training
     options = {
         "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
+        "trust_remote_code": arguments.trusts_code,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
@@ -160,7 +160,10 @@ def _classifier(arguments: Arguments, data: Data, tokenizer: Any, labels: list[A
     model = get_peft_model(base, arguments.config())
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
-    encode = _encoder(arguments, tokenizer, labels)
+    longest = training.max_length and min(
+        training.max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", training.max_length)
+    )
+    encode = _encoder(arguments, tokenizer, labels, longest)
     encoded = [
         None if rows is None else rows.map(encode, batched=True, remove_columns=rows.column_names)
         for rows in (data.train, data.test)
@@ -176,10 +179,11 @@ def _classifier(arguments: Arguments, data: Data, tokenizer: Any, labels: list[A
     )
 
 
-def _encoder(arguments: Arguments, tokenizer: Any, labels: list[Any]) -> Callable[[dict[str, list[Any]]], Any]:
+def _encoder(
+    arguments: Arguments, tokenizer: Any, labels: list[Any], longest: int | None
+) -> Callable[[dict[str, list[Any]]], Any]:
     numbers = {label: number for number, label in enumerate(labels)}
     text, label = arguments.training.dataset_text_field, arguments.run.dataset_label_field
-    longest = min(arguments.training.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
 
     def encode(rows: dict[str, list[Any]]) -> Any:
         encoded = tokenizer(rows[text], truncation=True, max_length=longest)
