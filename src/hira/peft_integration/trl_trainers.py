@@ -50,8 +50,8 @@ def keeping_float32(named_parameters: Callable[..., Any]) -> Callable[..., Any]:
         arguments = caller.f_locals.get("args") if caller.f_code.co_name == "__init__" and _is_of_trl(caller) else None
         if arguments is None or _is_sharded(arguments):
             return found
-        layers = hira_layers(self)
-        factors = {id(p) for layer in layers for values in layer._factor_dicts for p in values.values()}
+        dicts = [getattr(layer, name) for layer in hira_layers(self) for name in layer.adapter_layer_names]
+        factors = {id(parameter) for values in dicts for parameter in values.values()}
         return ((name, parameter) for name, parameter in found if id(parameter) not in factors)
 
     return wrapper
