@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_local_data(kind, flags, write):
     assert f"{count} to train on" in ended.stdout
     assert ("4 to evaluate on" in ended.stdout) == (kind == "folder")
     assert len(losses()) == 2
+
+
+def test_a_learning_rate_that_is_loras_is_warned_of(flags):
+    """Where alpha is switched off, and not where it is on."""
+    flags = with_changed(flags, learning_rate=2e-4, max_steps=1)
+    with pytest.warns(UserWarning, match="hira_alpha"):
+        finetune([*flags, "--hira_alpha", "none"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*hira_alpha")
+        finetune(with_changed(flags, output_dir="other"))
 
 
 def test_packing(flags):
