@@ -84,13 +84,13 @@ class Arguments(NamedTuple):
         """LoRA's alpha, or None for the paper's HiRA."""
         return alpha_of(self.hira)
 
-    def config(self, weights: bool = True) -> HiraConfig:
-        """The HiraConfig; without weights, as on the meta device, `hira_alpha` sets no scale.
+    def config(self) -> HiraConfig:
+        """The HiraConfig.
 
         Raises:
             HiraError: a field has a value that HiraConfig refuses.
         """
-        return config_of(self.hira, self.run.task_type, self.alpha if weights else None)
+        return config_of(self.hira, self.run.task_type)
 
 
 def parse(command: Sequence[str]) -> Arguments:

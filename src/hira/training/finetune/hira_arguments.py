@@ -60,8 +60,8 @@ def alpha_of(arguments: Any) -> float | None:
         raise HiraError(f"hira_alpha must be a number, 2r or none, not {arguments.hira_alpha!r}.") from None
 
 
-def config_of(arguments: Any, task_type: str, alpha: float | None) -> HiraConfig:
-    """The HiraConfig of HiraArguments, with this alpha.
+def config_of(arguments: Any, task_type: str) -> HiraConfig:
+    """The HiraConfig of HiraArguments.
 
     Raises:
         HiraError: a field has a value that HiraConfig refuses.
@@ -75,7 +75,7 @@ def config_of(arguments: Any, task_type: str, alpha: float | None) -> HiraConfig
             value = _from_json(value)
         if value is not None:
             values[name] = value
-    return HiraConfig(**{**values, "task_type": task_type, "hira_alpha": alpha})
+    return HiraConfig(**{**values, "task_type": task_type, "hira_alpha": alpha_of(arguments)})
 
 
 def _from_json(text: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 from hira.errors import HiraError
-from hira.layers.base import HiraLayer
+from hira.layers.base import HiraLayer, takes_files_as_they_are
 from hira.training.finetune.arguments import Arguments
 from hira.training.finetune.base_model import auto_class, base_config
 from hira.training.finetune.memory import Memory, bytes_of
@@ -54,12 +54,15 @@ def plan(arguments: Arguments, labels: int | None = None) -> tuple[Adapted, Memo
     config = base_config(arguments)
     if labels is not None:
         config.num_labels = labels
+    token = takes_files_as_they_are.set(True)  # hira_alpha would read weights, which have no values here
     try:
         with torch.device("meta"):
             base = auto_class(arguments).from_config(config, trust_remote_code=arguments.trusts_code)
         weights = bytes_of(base, arguments.model)
-        model = get_peft_model(base, arguments.config(weights=False))
+        model = get_peft_model(base, arguments.config())
     except (ValueError, KeyError) as error:
         raise error if isinstance(error, HiraError) else HiraError(str(error)) from error
+    finally:
+        takes_files_as_they_are.reset(token)
     adapted = Adapted.of(model)
     return adapted, Memory.of(base, weights, adapted.trainable, arguments.training)
