@@ -26,7 +26,8 @@ from hira.ops.linear import Dequantize
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
 
-# whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
+# whether adapters are made without the scale of `hira_alpha`: for tensors that go into the layers as a file has them,
+# with the scale in B, or on the meta device
 takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
 
 _NEEDS_WEIGHT = (

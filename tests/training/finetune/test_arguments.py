@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from hira import HiraError
@@ -42,6 +45,14 @@ def test_a_file_in_trls_names_and_flags_above_it(config):
     assert [each.path for each in arguments.mixture.datasets] == ["json", "b.csv"]
     assert arguments.mixture.test_split_size == 0.1
     assert not arguments.classifies
+
+
+def test_the_file_of_the_documentation(config):
+    page = Path(__file__).parents[3] / "docs" / "training.md"
+    text = re.search(r"```yaml\n(# hira finetune.*?)```", page.read_text(), re.DOTALL)[1]
+    arguments = parse(["--config", config(text)])
+    assert arguments.config().target_modules == "all-linear"
+    assert [each.path for each in arguments.mixture.datasets] == ["chats.jsonl", "trl-lib/Capybara"]
 
 
 def test_the_file_may_be_named_in_one_word(config):

@@ -73,6 +73,7 @@ def test_a_mistake_has_its_line(tmp_path, name, content, columns, place, named):
 
 def test_other_formats(tmp_path):
     assert check(tmp_path / "a.csv", 'text,label\n"a\nb",1\n\nc,2\n', CLASSES) == 2
+    assert check(tmp_path / "a.csv", "\ufefftext\n" + "a" * 200_000 + "\n") == 1
     assert check(tmp_path / "a.txt", "a\nb\n") == 2
     rows = Dataset.from_dict({"text": ["a", "b"]})
     rows.to_parquet(tmp_path / "a.parquet")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from commands import run_in_this_process
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from finetune_runs import history, losses, with_changed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hira
 from hira import HiraError
 from hira.training.finetune.arguments import parse
+from hira.training.finetune.classifier import labels_of
+from hira.training.finetune.dataset import Data
 from hira.training.finetune.launch import launch_flags
 from hira.training.finetune.packages import NEEDED
 from hira.training.finetune.run import finetune
@@ -33,7 +36,18 @@ ROWS = [
 def test_a_language_model(pretrained, flags):
     """The loss falls; the adapter, its card and the curve are there, and PEFT loads the adapter."""
     flags = with_changed(flags, max_steps=30, measure_steps=20, **LEARNS)
-    flags += ["--test_split_size", "0.1", "--eval_strategy", "steps", "--eval_steps", "15", "--eval_on_start", "true"]
+    flags += [
+        "--hub_token",
+        "my secret",
+        "--test_split_size",
+        "0.1",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "15",
+        "--eval_on_start",
+        "true",
+    ]
     ended = run_in_this_process("finetune", *flags)
     assert ended.returncode == 0, ended.stderr
     before, half, *_, after = [entry["eval_loss"] for entry in history() if "eval_loss" in entry]
@@ -46,6 +60,7 @@ def test_a_language_model(pretrained, flags):
     card = Path("out/README.md").read_text()
     for fact in ("reference.jsonl", "r 8, hira_alpha 16", "78,848 of ", "evaluation loss", "hira finetune --"):
         assert fact in card
+    assert "secret" not in card
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads(Path("out/all_results.json").read_text())
     assert metrics["eval_loss"] == after and math.isfinite(metrics["train_loss"])
@@ -97,6 +112,16 @@ def test_local_data(kind, flags, write):
     assert len(losses()) == 2
 
 
+def test_a_learning_rate_that_is_loras_is_warned_of(flags):
+    """Where alpha is switched off, and not where it is on."""
+    flags = with_changed(flags, learning_rate=2e-4, max_steps=1)
+    with pytest.warns(UserWarning, match="hira_alpha"):
+        finetune([*flags, "--hira_alpha", "none"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*hira_alpha")
+        finetune(with_changed(flags, output_dir="other"))
+
+
 def test_packing(flags):
     finetune([*with_changed(flags, max_steps=2), "--packing", "--packing_strategy", "wrapped"])
     assert [entry["num_tokens"] for entry in history() if "loss" in entry] == [4 * 48, 8 * 48]  # no padding
@@ -145,6 +170,19 @@ def test_a_classifier(names, pretrained, flags, write):
     assert (loaded(**batch).logits.argmax(-1) == torch.tensor(order)).float().mean() > 0.9
 
 
+def test_a_row_without_a_class_is_refused():
+    """Hidden labels of test splits on the hub are -1."""
+    arguments = parse(["--task_type", "SEQ_CLS"])
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_list([{"text": "x", "label": 0}, {"text": "y", "label": 1}], features=features)
+    hidden = Dataset.from_list([{"text": "z", "label": -1}], features=features)
+    assert labels_of(arguments, Data(rows, None, [])) == [0, 1]
+    with pytest.raises(HiraError, match="-1"):
+        labels_of(arguments, Data(rows, hidden, []))
+    with pytest.raises(HiraError, match="two"):
+        labels_of(arguments, Data(Dataset.from_dict({"text": ["x"], "label": ["a"]}), None, []))
+
+
 @pytest.mark.parametrize("option", ["packing", "completion_only_loss", "assistant_only_loss", "padding_free"])
 def test_a_classifier_refuses_what_is_for_language_models(option, flags):
     with pytest.raises(HiraError, match=option):
@@ -184,6 +222,8 @@ def test_what_is_reported_goes_where_it_is_asked_to(flags, monkeypatch):
         ({"fp16": True}, "GPU"),
         ({"eos_token": "<none>"}, "<none>"),
         ({"packing": True, "max_length": "none"}, "max_length"),
+        ({"dataset_streaming": True, "test_split_size": 0.5}, "test_split_size"),
+        ({"dataset_streaming": True, "task_type": "SEQ_CLS", "dataset_label_field": "text"}, "streamed"),
     ],
 )
 def test_refusals(changes, named, flags, monkeypatch):

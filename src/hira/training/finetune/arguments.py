@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, get_type_hints
 
 import torch
-from peft.config import PeftConfig
 
 from hira.config.hira_config import HiraConfig
 from hira.errors import HiraError
 from hira.training.finetune.config_file import ConfigFile
+from hira.training.finetune.hira_arguments import HiraArguments, alpha_of, config_of
 
 RATE = 2e-4  # the rate that TRL's documentation gives LoRA; its own default, 2e-5, is meant for full fine-tuning
 
@@ -25,38 +24,6 @@ _INSTEAD = {
     "use_rslora": "it is hira_use_rslora",
     "lora_task_type": "use task_type",
 }
-
-
-def _flat(hint: Any) -> Any:
-    """The type of a field as TrlParser takes it; what has no such type is text, JSON where it can be."""
-    if hint in (int, float, bool) or get_origin(hint) is Literal:
-        return hint
-    parts = get_args(hint)
-    lists = [part for part in (list[str], list[int]) if part in parts]
-    mapping = any(get_origin(part) is dict for part in parts)
-    return lists[0] | None if lists and not mapping else str | None
-
-
-def _hira_arguments() -> Any:
-    """A dataclass with a field `hira_*` for each of HiraConfig's own."""
-    hints, own = get_type_hints(HiraConfig), {}
-    for item in dataclasses.fields(HiraConfig):
-        if item.name not in PeftConfig.__dataclass_fields__ and item.name != "fan_in_fan_out":  # which is found out
-            default = None if item.default is dataclasses.MISSING else item.default
-            own[item.name] = (_flat(hints[item.name]), field(default=default, metadata=dict(item.metadata)))
-    help = "LoRA's alpha, for LoRA's learning rates: a number, or 2r, twice the rank; none for the paper's HiRA."
-    own["hira_alpha"] = (str | None, field(default="2r", metadata={"help": help}))
-    made = dataclasses.make_dataclass("HiraArguments", [(_flag(name), *rest) for name, rest in own.items()])
-    setattr(made, "_argument_group_name", "the adapter")  # noqa: B010 (mypy knows no attributes of a made class)
-    return made
-
-
-def _flag(name: str) -> str:
-    """The argument for a field of HiraConfig."""
-    return name if name.startswith("hira_") else f"hira_{name}"
-
-
-HiraArguments = _hira_arguments()
 
 
 @dataclass
@@ -115,30 +82,15 @@ class Arguments(NamedTuple):
     @property
     def alpha(self) -> float | None:
         """LoRA's alpha, or None for the paper's HiRA."""
-        text = str(self.hira.hira_alpha).lower()
-        if text in ("none", "null"):
-            return None
-        try:
-            return 2 * self.hira.hira_r if text == "2r" else float(text)
-        except ValueError:
-            raise HiraError(f"hira_alpha must be a number, 2r or none, not {self.hira.hira_alpha!r}.") from None
+        return alpha_of(self.hira)
 
-    def config(self, weights: bool = True) -> HiraConfig:
-        """The HiraConfig; without weights, as on the meta device, `hira_alpha` sets no scale.
+    def config(self) -> HiraConfig:
+        """The HiraConfig.
 
         Raises:
             HiraError: a field has a value that HiraConfig refuses.
         """
-        hints, values = get_type_hints(HiraConfig), {}
-        for name in HiraConfig.__dataclass_fields__:
-            value = getattr(self.hira, _flag(name), None)
-            if isinstance(value, list) and len(value) == 1 and str in get_args(hints[name]):
-                value = value[0]  # a regular expression, or "all-linear"
-            elif isinstance(value, str) and _flat(hints[name]) == str | None:
-                value = _from_json(value)
-            if value is not None:
-                values[name] = value
-        return HiraConfig(**{**values, "task_type": self.run.task_type, "hira_alpha": self.alpha if weights else None})
+        return config_of(self.hira, self.run.task_type)
 
 
 def parse(command: Sequence[str]) -> Arguments:
@@ -208,14 +160,6 @@ def _copy(item: dataclasses.Field[Any]) -> Any:
 def _is_number(hint: Any, value: Any) -> bool:
     """Whether a field takes a number or a truth value, so that the parser has to check what the file has for it."""
     return value is not None and hint in (int, float, bool, int | None, float | None, bool | None)
-
-
-def _from_json(text: str) -> Any:
-    """What a text says as JSON, or else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _instead(name: str, known: dict[str, Any]) -> str:

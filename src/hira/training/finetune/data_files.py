@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode()
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise HiraError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}).") from error
 
@@ -138,6 +139,7 @@ def _parsed(text: str, path: Path, first: int) -> Any:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)  # long texts
     lines = csv.reader(line for _, line in _lines(path))
     header = next(lines, [])
     try:

@@ -53,6 +53,8 @@ def load(arguments: Arguments) -> Data:
 
     set_seed(arguments.training.seed)  # TRL splits by NumPy's state, which is another one in each process
     training, script, mixture = arguments.training, arguments.script, _mixture(arguments)
+    if mixture is not None and mixture.streaming and mixture.test_split_size is not None:
+        raise HiraError("test_split_size cannot divide data that is streamed; leave out one of the two.")
     try:
         if mixture is not None:
             loaded, train, test = get_dataset(mixture), "train", "test"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -40,10 +41,19 @@ def write_card(arguments: Arguments, adapted: Adapted, data: Data, metrics: Mapp
         f"![The loss by step]({CURVE})",
     ]
     title = Path(training.output_dir).resolve().name
-    command = ["hira", "finetune", *arguments.command]
+    command = ["hira", "finetune", *_without_token(arguments.command)]
     on_hub = None if Path(base).exists() else base
     content = card(title, text, facts, command, on_hub, ["hira", "peft"], library="peft")
     (Path(training.output_dir) / CARD).write_bytes(content)
+
+
+def _without_token(command: Sequence[str]) -> list[str]:
+    """The arguments but the hub's token, which is a secret."""
+    kept = [given for given in command if not re.match("--hub[_-]token=", given)]
+    while secret := {"--hub_token", "--hub-token"} & set(kept):
+        position = kept.index(secret.pop())
+        del kept[position : position + 2]
+    return kept
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from hira.files.io.model_card import CARD
 from hira.training.finetune import checkpoints, dataset, results, trainers
 from hira.training.finetune.arguments import Arguments, parse
+from hira.training.finetune.base_model import base_config, tokenizer_of
+from hira.training.finetune.classifier import labels_of
 from hira.training.finetune.launch import launch, needs_launcher
-from hira.training.finetune.plan import Adapted, base_config, plan
+from hira.training.finetune.plan import Adapted, plan
 
 
 def finetune(command: Sequence[str], launched: bool = False) -> None:
@@ -35,8 +37,8 @@ def finetune(command: Sequence[str], launched: bool = False) -> None:
     output = Path(arguments.training.output_dir)
     checkpoint = checkpoints.checkpoint_to_resume(output, arguments.training.resume_from_checkpoint)
     data = dataset.load(arguments)
-    labels = trainers.labels_of(arguments, data)
-    tokenizer = trainers.tokenizer_of(arguments, data)
+    labels = labels_of(arguments, data)
+    tokenizer = tokenizer_of(arguments, data)
     if not launched:
         adapted, memory = plan(arguments, None if labels is None else len(labels))
         print(f"data: {', '.join(data.names)}; {data.rows()}", *adapted.lines(), *memory.lines(), sep="\n", flush=True)
