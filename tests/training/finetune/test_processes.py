@@ -27,8 +27,7 @@ def test_a_killed_run_is_resumed(flags):
     flags = with_changed(flags, max_steps=40, save_steps=5, per_device_train_batch_size=2)
     command = [*HIRA, "finetune", *with_changed(flags, output_dir="killed")]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        state = Path("killed/checkpoint-5/trainer_state.json")
-        while not state.exists():
+        while not Path("killed/checkpoint-10").exists():  # the one before it is complete
             assert process.poll() is None, process.stdout.read().decode()
             time.sleep(0.01)
         process.kill()
@@ -44,11 +43,12 @@ def test_a_killed_run_is_resumed(flags):
 
 
 def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path):
-    for step in (5, 10, 15):
+    for step, state in ((5, "{}"), (10, "{}"), (15, ""), (20, '{"epoch": 1'), (25, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 15:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert checkpoint_to_resume(tmp_path, "true") == str(tmp_path / "checkpoint-10")
     assert checkpoint_to_resume(tmp_path, None) is None
-    with pytest.raises(HiraError, match="checkpoint-15"):
-        checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-15"))
+    for step in (15, 20, 25):
+        with pytest.raises(HiraError, match=f"checkpoint-{step}"):
+            checkpoint_to_resume(tmp_path, str(tmp_path / f"checkpoint-{step}"))
