@@ -350,3 +350,31 @@ def test_the_merged_weight_is_that_of_one_expert_at_a_time():
         torch.equal(found[e], effective_weight.form(wrapper.storage.stored[e], A[e], B[e], 0, torch.float32))
         for e in range(E)
     )
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_products_of_a_device_are_those_of_each_expert(kind, lora_r, monkeypatch):
+    """On an accelerator all experts are one grouped product, here on a CPU that takes that path."""
+    ids = torch.arange(24).view(2, 12)
+    found = {}
+    for on_device in (False, True):
+        monkeypatch.setattr(heuristics, "stacks", lambda tensor, on=on_device: on)
+        model = adapt(model_of(kind), lora_r=lora_r)
+        model.set_experts_implementation("grouped_mm")
+        y = model(ids).logits
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            merged = model.merge_and_unload()(ids).logits
+        torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
+        found[on_device] = y, gradients
+    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-3)
+
+
+def test_few_tokens_are_not_worth_forming_all_experts(monkeypatch):
+    monkeypatch.setattr(heuristics, "stacks", lambda tensor: True)
+    monkeypatch.setattr(lazy_weight, "grouped_linear", None)
+    model = adapt(model_of("mixtral")).eval()
+    model.set_experts_implementation("grouped_mm")
+    assert model(torch.tensor([[5]])).logits.isfinite().all()  # two of four experts

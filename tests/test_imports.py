@@ -40,7 +40,7 @@ OPS_LAYERS = [
     ["dither", "int8", "triton"],
     ["kernel_choice"],
     ["effective_weight"],
-    ["linear", "mixed_batch", "embedding", "conv", "recompute"],
+    ["linear", "mixed_batch", "embedding", "conv", "recompute", "grouped"],
     ["__init__"],
 ]
 OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib", "deepspeed"}

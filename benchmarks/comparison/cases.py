@@ -11,6 +11,8 @@ import torch
 from benchmarks.comparison.methods import DORA, FULL, HIRA, HIRA_INT8, LORA, METHODS, PEFT_HIRA, Method, start
 from torch import Tensor, nn
 
+from hira import inference_cache
+
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -250,18 +252,27 @@ def _decoding(options: Options) -> Case:
 
 
 def _mixed_batch(adapters: int, options: Options) -> Case:
-    size = 512 if options.quick else 2048
+    size, tokens = (512, 8) if options.quick else (2048, 32)
     names = [adapter_name(i) for i in range(adapters)]
+
+    def in_generation(model: nn.Module, x: Tensor) -> None:
+        """One call after another, in which hira keeps weights as it does in a model's `generate`."""
+        with inference_cache.keep():
+            for _ in range(tokens):
+                model(x, adapter_names=names)
+
     return Case(
-        name=f"linear {size} x {size}, mixed batch of {adapters} adapters, one token each",
+        name=f"linear {size} x {size}, mixed batch of {adapters} adapters, one of {tokens} tokens",
         mode="infer",
         base=_bare(lambda: nn.Sequential(nn.Linear(size, size, bias=False)), options),
         targets=["0"],
         methods=(LORA, HIRA, PEFT_HIRA),
         inputs=_random(options, adapters, size),
         call=lambda model, x: model(x, adapter_names=names),
+        timed_call=in_generation,
         mixed=adapters,
-        repeats=40,
+        repeats=10,
+        per=tokens,
         options=options,
     )
 

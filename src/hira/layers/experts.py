@@ -133,12 +133,14 @@ class ParamWrapper(HiraLayer):
             Expert(*parts, lora_r, None if away is None else self._fetcher(away, e))
             for e, parts in enumerate(zip(self._unstacked(W0), A.unbind(0), B.unbind(0), strict=True))
         ]
+        at_hand = self._is_stacked and away is None
         return LazyWeight(
             experts,
             range(len(experts)),
             transposed=self._is_transposed,
             stacked=self._is_stacked,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
+            whole=Expert(W0.mT if self._is_transposed else W0, A, B, lora_r) if at_hand else None,
         )
 
     def _fetcher(self, away: OffloadedTensor, e: int) -> Dequantize:

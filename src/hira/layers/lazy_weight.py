@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from hira.errors import HiraError
+from hira.ops import heuristics
 from hira.ops.effective_weight import modulated_weight, no_autocast
 from hira.ops.embedding import embedding
+from hira.ops.grouped import form_stack, grouped_linear
 from hira.ops.linear import Dequantize, WeightGradient, linear
 
 
@@ -45,6 +47,7 @@ class LazyWeight(Tensor):
         stacked: whether it has three dimensions; otherwise it is one matrix, and `ids` has one entry.
         kernel: the shape of a convolution's weight, of which the matrix is what it flattens to.
         weight_gradient: as for `ops.linear`.
+        whole: W0, A and B of all experts, stacked, where they are at hand and the matrices are those of all.
     """
 
     experts: Sequence[Expert]
@@ -53,6 +56,7 @@ class LazyWeight(Tensor):
     stacked: bool
     kernel: torch.Size | None
     weight_gradient: WeightGradient
+    whole: Expert | None
 
     @staticmethod
     def __new__(
@@ -64,6 +68,7 @@ class LazyWeight(Tensor):
         stacked: bool = True,
         kernel: torch.Size | None = None,
         weight_gradient: WeightGradient = "exact",
+        whole: Expert | None = None,
     ) -> LazyWeight:
         """Make the tensor; see the class."""
         W0, A, B, *_ = experts[0]
@@ -78,7 +83,7 @@ class LazyWeight(Tensor):
             requires_grad=trains,
         )
         self.experts, self.ids, self.weight_gradient = experts, ids, weight_gradient
-        self.transposed, self.stacked, self.kernel = transposed, stacked, kernel
+        self.transposed, self.stacked, self.kernel, self.whole = transposed, stacked, kernel, whole
         if trains:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_refuse_gradient)
@@ -116,6 +121,10 @@ class LazyWeight(Tensor):
 
     def form(self) -> Tensor:
         """W' of the experts that it is about, dense and tracked by autograd."""
+        if self.whole is not None and not torch.is_grad_enabled() and heuristics.stacks(self.whole.W0):
+            W0, A, B, lora_r, _ = self.whole  # by the operations of a grouped product
+            formed_whole = form_stack(W0, A, B, lora_r, W0.dtype)
+            return formed_whole.mT if self.transposed else formed_whole
         formed = {i: self._form(*self.experts[i]) for i in set(self.ids)}
         matrices = [formed[i].t() if self.transposed else formed[i] for i in self.ids]
         if self.kernel is not None:
@@ -143,6 +152,7 @@ class LazyWeight(Tensor):
             transposed=not self.transposed,
             stacked=self.stacked,
             weight_gradient=self.weight_gradient,
+            whole=self.whole,
         )
 
 
@@ -241,6 +251,9 @@ def _grouped(x: Tensor, weight: Tensor, offs: Tensor | None = None, **options: A
     plain = all(value is None for value in options.values())
     if not _is_factor(weight, transposed=True, stacked=True) or offs is None or x.dim() != 2 or not plain:
         return NotImplemented
+    whole = weight.whole
+    if whole is not None and weight.weight_gradient == "exact" and heuristics.groups(x, len(weight.ids)):
+        return grouped_linear(x, whole.W0, whole.A, whole.B, whole.lora_r, offs)
     parts, start = [], 0
     with no_autocast(x.device):  # a grouped product is none of those that autocast is for
         for i, end in zip(weight.ids, offs.tolist(), strict=True):

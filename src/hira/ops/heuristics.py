@@ -113,6 +113,20 @@ def int8(x: Tensor, out_features: int) -> bool:
     return x.device.type == "cpu" and min(out_features, in_features) > 1
 
 
+def groups(x: Tensor, experts: int) -> bool:
+    """Whether the products of all experts for x (T, in) are one grouped product, for which all weights are formed.
+
+    On an accelerator, where a look at each expert's number of rows would make the host wait; with fewer rows than
+    experts, most of which have none then, it costs less to wait.
+    """
+    return stacks(x) and len(x) >= experts and not plain()
+
+
+def stacks(tensor: Tensor) -> bool:
+    """Whether W' of all experts is formed at once, for a grouped product and for a merge: on an accelerator."""
+    return tensor.device.type != "cpu"
+
+
 def keeps_weight(x: Tensor) -> bool:
     """Whether a layer that generates keeps W' for the next forward: on a CPU."""
     return x.device.type == "cpu"
