@@ -164,6 +164,13 @@ def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace
         exact = _apply(W0, BA, by.update_only)
         return exact if lora is None else _add_product(exact, *lora)
     formed = torch.empty_like(BA, dtype=dtype) if workspace is None else workspace.rounded(W0)
+    if not heuristics.on_cpu(W0.device):  # one operation reads W0 as it is stored, and rounds if that is to nearest
+        if lora is None and by.noise is None:
+            return _apply(W0, BA, by.update_only, out=formed)
+        exact = _apply(W0, BA, by.update_only)
+        if lora is not None:
+            _add_product(exact, *lora)
+        return formed.copy_(exact) if by.noise is None else round_into(formed, exact, by.noise.rows, by.noise.columns)
     chunks = list(heuristics.chunks(BA))  # that stay in the processor's cache
     if lora is not None:  # one product for all chunks
         for chunk in chunks:
@@ -178,9 +185,10 @@ def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace
     return formed
 
 
-def _apply(W0: Tensor, BA: Tensor, update_only: bool) -> Tensor:
-    """``W0 + W0 * BA``, or ``W0 * BA``, in BA's memory: the sum is as exact as W0 times 1 + BA, and one operation."""
-    return BA.mul_(W0) if update_only else torch.addcmul(W0, W0, BA, out=BA)
+def _apply(W0: Tensor, BA: Tensor, update_only: bool, out: Tensor | None = None) -> Tensor:
+    """``W0 + W0 * BA``, or ``W0 * BA``, in BA's memory or out, rounded: as exact as W0 (1 + BA), and one operation."""
+    out = BA if out is None else out
+    return torch.mul(BA, W0, out=out) if update_only else torch.addcmul(W0, W0, BA, out=out)
 
 
 def _add_product(exact: Tensor, L1: Tensor, L2: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def linear(
     elif formed is not None:
         y = _multiplied(flat, formed, bias)
     else:
-        y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
+        y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only, False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -122,7 +122,8 @@ class _Linear(torch.autograd.Function):
         if formed is not None:
             y = _multiplied(x, formed, bias)
         else:
-            y = _forward(x, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
+            W0 = weight if dequantize is None else dequantize(weight)
+            y = _forward(x, W0, A, B, bias, lora_r, update_only, True)
         ctx.formed = formed
         ctx.lora_r, ctx.update_only, ctx.dequantize = lora_r, update_only, dequantize
         needs_x = any(ctx.needs_input_grad[1:4])
@@ -176,19 +177,19 @@ def _multiplied(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward(
-    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool
+    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool, training: bool
 ) -> Tensor:
     function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
-    y: Tensor = function(x, W0, A, B, bias, lora_r, update_only)
+    y: Tensor = function(x, W0, A, B, bias, lora_r, update_only, training)
     return y
 
 
 @without_autocast
 def linear_forward(
-    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool
+    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool, training: bool
 ) -> Tensor:
-    """x (T, in) -> y (T, out), a block of W's rows at a time."""
-    if heuristics.decodes(x) and not (lora_r or update_only):
+    """x (T, in) -> y (T, out), a block of W's rows at a time; in training by the W' that dx is computed with."""
+    if heuristics.decodes(x) and not (lora_r or update_only or training):
         from hira.ops import triton
 
         kernel = partial(triton.decode, x, W0, A, B, bias)
@@ -285,8 +286,8 @@ def _opaque(function: Callable[..., Any], schema: str, fake: Callable[..., Any])
 
 _opaque(
     linear_forward,
-    "(Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? bias, int lora_r, bool update_only) -> Tensor",
-    lambda x, W0, A, B, bias, lora_r, update_only: x.new_empty(x.shape[0], W0.shape[0]),
+    "(Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? bias, int lora_r, bool update_only, bool training) -> Tensor",
+    lambda x, W0, A, B, bias, lora_r, update_only, training: x.new_empty(x.shape[0], W0.shape[0]),
 )
 _opaque(
     linear_input_gradient,
