@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -41,23 +42,30 @@ def test_the_documented_commands_find_what_they_import():
     subprocess.run([sys.executable, "-c", program, *modules], cwd=FOLDER.parent, check=True)
 
 
-def test_the_gpu_script_checks_every_kernel():
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The script, with an empty cache folder."""
     pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
-    import gpu
-
-    errors = dict(gpu.check_kernels(DEVICE))
-    assert len(errors) == 9  # three kernels in three dtypes
-    assert all(error < 0.01 for error in errors.values())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return importlib.import_module("gpu")
 
 
-def test_the_gpu_script_stops_at_a_wrong_kernel(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
-    import gpu
+def test_the_gpu_script_checks_every_kernel(gpu, capsys):
+    verdicts = gpu.measured(torch.device(DEVICE), 16).verdicts
+    assert len(verdicts) == 9  # three kernels in three dtypes
+    assert all(verdict.error < 0.01 for verdict in verdicts.values())
+    assert capsys.readouterr().out.count("factor_gradients") == 3
 
-    form = gpu.triton.form
-    monkeypatch.setattr(gpu.triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
-    with pytest.raises(SystemExit, match=r"torch\.float32"):
-        list(gpu.check_kernels(DEVICE))
+
+@pytest.mark.filterwarnings("ignore:hira's kernel form failed its check")
+def test_the_gpu_script_stops_at_a_wrong_kernel(gpu, monkeypatch, capsys):
+    from hira.ops import triton
+
+    form = triton.form
+    monkeypatch.setattr(triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
+    with pytest.raises(SystemExit, match="wrong"):
+        gpu.measured(torch.device(DEVICE), 16)
+    assert "form, float32, float32: it is off by" in capsys.readouterr().out
 
 
 def test_the_gpu_script_says_how_it_is_used():

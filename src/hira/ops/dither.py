@@ -58,8 +58,7 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
             if _all_ordinary(out[chunk].copy_(part)):
                 continue
             bits -= noise
-        noise *= _are_ordinary(part, out.dtype)
-        bits += noise
+        bits.addcmul_(noise, _are_ordinary(part, out.dtype))
         out[chunk].copy_(part)
     return out
 
@@ -108,7 +107,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
 
 def _can_look(tensor: Tensor) -> bool:
     """Whether values can be looked at: there are some, and no device has to be waited for."""
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and is_concrete(tensor)
+    return heuristics.on_cpu(tensor.device) and tensor.numel() > 0 and is_concrete(tensor)
 
 
 def _all_ordinary(rounded: Tensor) -> bool:

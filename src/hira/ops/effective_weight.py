@@ -273,8 +273,11 @@ def factor_gradients(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -
     """Those of the joined factors, of the whole gradient G of W', in the dtypes of A and B, by plain operations."""
     dtype = formation_dtype(W0.dtype)
     A_, B_, lora = split(A.to(dtype), B.to(dtype), lora_r)
-    G = G.to(dtype)
-    GW = G * W0
+    if lora is None and not heuristics.on_cpu(G.device):  # one operation that reads G and W0 as they are
+        GW = torch.addcmul(G.new_zeros(1, dtype=dtype), G, W0)
+    else:
+        G = G.to(dtype)
+        GW = G * W0
     dA, dB = torch.mm(B_.t(), GW), torch.mm(GW, A_.t())
     if lora is not None:
         dA, dB = torch.cat([dA, torch.mm(lora[1].t(), G)]), torch.cat([dB, torch.mm(G, lora[0].t())], dim=1)
