@@ -34,6 +34,34 @@ def test_the_readme_has_the_table_of_the_committed_results():
     assert "| hira / LoRA |" in readme
 
 
+def test_the_page_on_performance_has_the_computed_table():
+    import roofline
+
+    page = roofline.PAGE.read_text()
+    assert roofline.with_table(page) == page
+    assert page.count(", computed |") == len(roofline.DEVICES) == 5
+    assert "| H200, measured |" in page
+
+
+def test_the_computed_bounds_count_bytes_and_operations():
+    """By hand for a device that moves a byte, or computes an operation, in a second."""
+    import roofline
+
+    m, t, r = roofline.SIZE, roofline.TOKENS, roofline.RANK
+    slow_memory, slow_arithmetic = roofline.Device("", 1.0, 1e300), roofline.Device("", 1e300, 1.0)
+    forming, reducing = 4 * m * m, (4 + r / 16) * m * m
+    products = 3 * 2 * (2 * t * m + m * m)
+    assert roofline.milliseconds(roofline.hira(*roofline.KERNELS), slow_memory) == pytest.approx(
+        1e3 * (2 * forming + products + reducing)
+    )
+    assert roofline.milliseconds(roofline.hira(*roofline.KERNELS), slow_arithmetic) == pytest.approx(
+        1e3 * (6 * t * m * m + 2 * 6 * r * m * m + 8 * r * m * m)
+    )
+    assert roofline.milliseconds(roofline.lora(), slow_arithmetic) == pytest.approx(
+        1e3 * (4 * t * m * m + 12 * r * t * m)
+    )
+
+
 def test_the_documented_commands_find_what_they_import():
     commands = re.findall(r"^ +python (.+?) *(?:#|$)", (FOLDER.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     modules = [re.match(r"-m (benchmarks\.\w+)", command).group(1) for command in commands]

@@ -108,7 +108,7 @@ class Compiler:
 
 
 def compile_all():
-    """Launch every kernel for every target, with a half and with float32; for one with other ranks and sizes as well."""
+    """Launch every kernel for every target, with a half and with float32; for one with other ranks and sizes too."""
     from triton.backends.compiler import GPUTarget
 
     from hira.ops.triton import arithmetic, decode, factor_gradients, form, tiles

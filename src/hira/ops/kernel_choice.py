@@ -236,7 +236,7 @@ def keep(machine: dict[str, str], found: dict[str, Verdict]) -> None:
 
 def machine_of(device: torch.device) -> dict[str, str]:
     """What a verdict depends on: the device and its driver, and the versions of what makes the kernels."""
-    import triton
+    from hira.ops.triton import triton_version
 
     name, driver = device.type, ""
     if device.type == "cuda":  # PyTorch's name for ROCm's devices too
@@ -247,7 +247,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
         "device": name,
         "driver": driver,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton_version,
         "hira": version("hira"),
     }
 
