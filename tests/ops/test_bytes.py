@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hira.ops import effective_weight, heuristics, linear, modulated_weight, workspace
+from hira.ops import triton as kernels
 from hira.ops.linear import linear_factor_gradients
 from hira.ops.triton import arithmetic, decode, factor_gradients, form, tiles
 
@@ -120,6 +121,24 @@ def test_forming_by_the_kernel(shape, loads):
     # the factors, from cache: each tile of the weight loads its own
     assert loads["form_kernel.A"] == 4 * R * n * tiles_of(m, tiles.FORM.rows)
     assert loads["form_kernel.B"] == 4 * R * m * tiles_of(n, tiles.FORM.columns)
+
+
+@interpreted_alone
+def test_a_weight_of_many_blocks_is_written_where_it_belongs(loads, monkeypatch):
+    """No block is formed elsewhere and copied."""
+    monkeypatch.setattr(heuristics, "on_cpu", lambda device: False)
+    monkeypatch.setattr(heuristics, "triton", lambda tensor: True)
+    monkeypatch.setattr(heuristics, "TRITON", "1")
+    W0, A, B = weights(256, 128)
+    expected = effective_weight.form(W0, A, B, 0, BF16)
+    loads.bytes.clear()
+    monkeypatch.setattr(heuristics, "DEVICE_BLOCK_ENTRIES", 64 * 128)
+    written = []
+    monkeypatch.setattr(kernels, "form", lambda *a, **k: written.append(k["out"].data_ptr()) or form(*a, **k))
+    formed = effective_weight.form(W0, A, B, 0, BF16)
+    assert torch.equal(formed, expected)
+    assert loads["form_kernel.W0"] == loads["form_kernel.out"] == 2 * W0.numel()
+    assert written == [formed[row].data_ptr() for row in range(0, 256, 64)]
 
 
 @interpreted_alone

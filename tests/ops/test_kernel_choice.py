@@ -301,6 +301,27 @@ def test_a_failure_is_tried_again_by_a_later_process(monkeypatch):
     assert serves("form", weight(), torch.bfloat16, quick, slow)
 
 
+# ---- ROCm
+
+
+def test_an_amd_gpu_is_known_by_its_architecture_and_small_by_its_memory(monkeypatch):
+    """Its numbers are like NVIDIA's, (9, 0) for an MI250, and its names like each other."""
+    from types import SimpleNamespace
+
+    from hira.ops.triton import tiles
+
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), element_size=lambda: 2)
+    properties = SimpleNamespace(name="AMD Instinct", gcnArchName="gfx90a:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert tiles.factor_gradients(tensor) == tiles.FACTOR_GRADIENTS
+    assert kernel_choice.machine_of(tensor.device)["device"] == "AMD Instinct"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert tiles.factor_gradients(tensor) == tiles.SMALL_FACTOR_GRADIENTS
+    assert "gfx90a" in kernel_choice.machine_of(tensor.device)["device"]
+    assert "/" not in kernel_choice._file(kernel_choice.machine_of(tensor.device)).name
+
+
 # ---- the report
 
 

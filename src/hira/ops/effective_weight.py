@@ -124,8 +124,9 @@ def block(
     columns: slice = slice(None),
     *,
     single_threaded: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return W' of some rows and columns W0 of a weight, rounded once; in the workspace's memory.
+    """Return W' of some rows and columns W0 of a weight, rounded once; in the workspace's memory, or in out.
 
     With `single_threaded`, what is not the product is done by one thread, for a caller whose other threads need the
     other cores: the entries are the same, which those of a product by one thread need not be.
@@ -133,7 +134,7 @@ def block(
     noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
     by = Modulation(by.A[:, columns], by.B[rows], by.lora_r, noise, by.update_only)
     with heuristics.one_thread() if single_threaded else nullcontext():
-        return _formed(W0, by, workspace.dtype, workspace)
+        return _formed(W0, by, workspace.dtype, workspace, out)
 
 
 def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
@@ -141,15 +142,18 @@ def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
     return _formed(W0, by, dtype, None)
 
 
-def _formed(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+def _formed(
+    W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None, out: Tensor | None = None
+) -> Tensor:
     if heuristics.triton(W0) and not by.lora_r:
         from hira.ops import triton
 
         A, B, _, noise, update_only = by
-        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise)
+        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise, out=out)
         if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None)):
             return kernel()
-    return _formed_by_pytorch(W0, by, dtype, workspace)
+    formed = _formed_by_pytorch(W0, by, dtype, workspace)
+    return formed if out is None else out.copy_(formed)
 
 
 def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
@@ -249,7 +253,7 @@ def form(W0: Tensor, A: Tensor, B: Tensor, lora_r: int, dtype: torch.dtype, *, u
         out = torch.empty_like(W0, dtype=dtype)
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
-            out[rows] = block(W0[rows], by, workspace, rows)
+            block(W0[rows], by, workspace, rows, out=out[rows])
     return out
 
 

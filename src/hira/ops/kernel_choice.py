@@ -241,7 +241,9 @@ def machine_of(device: torch.device) -> dict[str, str]:
     name, driver = device.type, ""
     if device.type == "cuda":  # PyTorch's name for ROCm's devices too
         properties = torch.cuda.get_device_properties(device)
-        name = " ".join(filter(None, (properties.name, getattr(properties, "gcnArchName", ""))))
+        name = properties.name
+        if torch.version.hip is not None:  # several of AMD's have one name
+            name = f"{name} {properties.gcnArchName}"
         driver = str(getattr(torch._C, "_cuda_getDriverVersion", str)())
     return {
         "device": name,
