@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreted import randn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import hira
 from hira.ops import heuristics, linear, modulated_weight
 
 OUT, INTO, R = 24, 72, 3
@@ -86,6 +89,32 @@ def test_few_tokens_are_decoded_in_inference_alone(tokens, monkeypatch):
     with torch.inference_mode():
         linear(x, W0, A, B)
     assert calls == (["decode"] if tokens <= heuristics.DECODED_TOKENS else ["form"]) * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_reentrant_checkpointing_forms_the_same_weight_twice(training, monkeypatch):
+    """Its first forward runs with gradients off, and is no inference all the same; generate() in training mode is."""
+    import hira.ops.triton as kernels
+
+    monkeypatch.setattr(heuristics, "TRITON", "1")
+    monkeypatch.setattr(heuristics, "on_cpu", lambda device: False)
+    monkeypatch.setattr(heuristics, "triton", lambda tensor: True)
+    calls = []
+    decode = kernels.decode
+    monkeypatch.setattr(kernels, "decode", lambda *a: calls.append(1) or decode(*a))
+    layer = hira.Linear(nn.Linear(INTO, OUT), "a", hira.HiraConfig(r=R, init_weights=False)).train(training)
+    x = randn(3, INTO).requires_grad_()
+    once = checkpoint(layer, x, use_reentrant=True)
+    again = layer(x)
+    if training:
+        assert not calls
+        assert torch.equal(once, again)
+    else:
+        assert len(calls) == 1
+    calls.clear()
+    with torch.no_grad(), hira.inference_cache.keep():
+        layer(x)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

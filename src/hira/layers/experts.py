@@ -133,6 +133,7 @@ class ParamWrapper(HiraLayer):
             transposed=self._is_transposed,
             stacked=stacked,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
+            training=self._is_in_training_step(),
         )
 
     def _fetcher(self, away: OffloadedTensor, e: int) -> Dequantize:

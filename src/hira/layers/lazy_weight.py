@@ -44,7 +44,7 @@ class LazyWeight(Tensor):
         transposed: whether the matrices are W'^T (in, out).
         stacked: whether it has three dimensions; otherwise it is one matrix, and `ids` has one entry.
         kernel: the shape of a convolution's weight, of which the matrix is what it flattens to.
-        weight_gradient: as for `ops.linear`.
+        weight_gradient, training: as for `ops.linear`.
     """
 
     experts: Sequence[Expert]
@@ -53,6 +53,7 @@ class LazyWeight(Tensor):
     stacked: bool
     kernel: torch.Size | None
     weight_gradient: WeightGradient
+    training: bool
 
     @staticmethod
     def __new__(
@@ -64,6 +65,7 @@ class LazyWeight(Tensor):
         stacked: bool = True,
         kernel: torch.Size | None = None,
         weight_gradient: WeightGradient = "exact",
+        training: bool = False,
     ) -> LazyWeight:
         """Make the tensor; see the class."""
         W0, A, B, *_ = experts[0]
@@ -77,7 +79,7 @@ class LazyWeight(Tensor):
             device=A.device,
             requires_grad=trains,
         )
-        self.experts, self.ids, self.weight_gradient = experts, ids, weight_gradient
+        self.experts, self.ids, self.weight_gradient, self.training = experts, ids, weight_gradient, training
         self.transposed, self.stacked, self.kernel = transposed, stacked, kernel
         if trains:
             with torch._C.DisableTorchFunctionSubclass():
@@ -129,11 +131,26 @@ class LazyWeight(Tensor):
     def _apply(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the product with W' of expert i."""
         W0, A, B, lora_r, dequantize = self.experts[i]
-        return linear(x, W0, A, B, bias, lora_r=lora_r, dequantize=dequantize, weight_gradient=self.weight_gradient)
+        return linear(
+            x,
+            W0,
+            A,
+            B,
+            bias,
+            lora_r=lora_r,
+            dequantize=dequantize,
+            weight_gradient=self.weight_gradient,
+            training=self.training,
+        )
 
     def _of(self, ids: list[int], *, stacked: bool) -> LazyWeight:
         return LazyWeight(
-            self.experts, ids, transposed=self.transposed, stacked=stacked, weight_gradient=self.weight_gradient
+            self.experts,
+            ids,
+            transposed=self.transposed,
+            stacked=stacked,
+            weight_gradient=self.weight_gradient,
+            training=self.training,
         )
 
     def _flipped(self) -> LazyWeight:
@@ -143,6 +160,7 @@ class LazyWeight(Tensor):
             transposed=not self.transposed,
             stacked=self.stacked,
             weight_gradient=self.weight_gradient,
+            training=self.training,
         )
 
 

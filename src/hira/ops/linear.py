@@ -45,6 +45,7 @@ def linear(
     dequantize: Dequantize | None = None,
     weight_gradient: WeightGradient = "exact",
     formed: Tensor | None = None,
+    training: bool = False,
 ) -> Tensor:
     """Apply an adapted weight to x as one dense product.
 
@@ -66,6 +67,8 @@ def linear(
             for backward in 8 bits. Where that cannot be, `heuristics.int8` says where, G is exact.
         formed: W' (out, in) as it was formed before, in the dtype of the product; it stands in for it forward and for
             dx, and nobody may change it before the backward.
+        training: whether this is part of a training step even where gradients are off, as in the first forward of
+            reentrant checkpointing. A training step takes the same W', rounded once, everywhere.
 
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
@@ -92,7 +95,9 @@ def linear(
     elif formed is not None:
         y = _multiplied(flat, formed, bias)
     else:
-        y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only, False)
+        y = _forward(
+            flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only, training
+        )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
