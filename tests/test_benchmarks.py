@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -43,31 +44,66 @@ def test_the_readme_has_the_table_of_the_committed_results():
     assert "| hira / LoRA |" in readme
 
 
+def test_the_page_on_performance_has_the_computed_table():
+    import roofline
+
+    page = roofline.PAGE.read_text()
+    assert roofline.with_table(page) == page
+    assert page.count(", computed |") == len(roofline.DEVICES) == 5
+    assert "| H200, measured |" in page
+
+
+def test_the_computed_bounds_count_bytes_and_operations():
+    """By hand for a device that moves a byte, or computes an operation, in a second."""
+    import roofline
+
+    m, t, r = roofline.SIZE, roofline.TOKENS, roofline.RANK
+    slow_memory, slow_arithmetic = roofline.Device("", 1.0, 1e300), roofline.Device("", 1e300, 1.0)
+    forming, reducing = 4 * m * m, (4 + r / 16) * m * m
+    products = 3 * 2 * (2 * t * m + m * m)
+    assert roofline.milliseconds(roofline.hira(*roofline.KERNELS), slow_memory) == pytest.approx(
+        1e3 * (2 * forming + products + reducing)
+    )
+    assert roofline.milliseconds(roofline.hira(*roofline.KERNELS), slow_arithmetic) == pytest.approx(
+        1e3 * (6 * t * m * m + 2 * 6 * r * m * m + 8 * r * m * m)
+    )
+    assert roofline.milliseconds(roofline.lora(), slow_arithmetic) == pytest.approx(
+        1e3 * (4 * t * m * m + 12 * r * t * m)
+    )
+
+
 def test_the_documented_commands_find_what_they_import():
     commands = re.findall(r"^ +python (.+?) *(?:#|$)", (FOLDER.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     modules = [re.match(r"-m (benchmarks\.\w+)", command).group(1) for command in commands]
-    assert len(modules) == 5
+    assert len(modules) == 6
     program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     subprocess.run([sys.executable, "-c", program, *modules], cwd=FOLDER.parent, check=True)
 
 
-def test_the_gpu_script_checks_every_kernel():
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The script, with an empty cache folder."""
     pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
-    import gpu
-
-    errors = dict(gpu.check_kernels(DEVICE))
-    assert len(errors) == 9  # three kernels in three dtypes
-    assert all(error < 0.01 for error in errors.values())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return importlib.import_module("gpu")
 
 
-def test_the_gpu_script_stops_at_a_wrong_kernel(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
-    import gpu
+def test_the_gpu_script_checks_every_kernel(gpu, capsys):
+    verdicts = gpu.measured(torch.device(DEVICE), 16).verdicts
+    assert len(verdicts) == 9  # three kernels in three dtypes
+    assert all(verdict.error < 0.01 for verdict in verdicts.values())
+    assert capsys.readouterr().out.count("factor_gradients") == 3
 
-    form = gpu.triton.form
-    monkeypatch.setattr(gpu.triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
-    with pytest.raises(SystemExit, match=r"torch\.float32"):
-        list(gpu.check_kernels(DEVICE))
+
+@pytest.mark.filterwarnings("ignore:hira's kernel form failed its check")
+def test_the_gpu_script_stops_at_a_wrong_kernel(gpu, monkeypatch, capsys):
+    from hira.ops import triton
+
+    form = triton.form
+    monkeypatch.setattr(triton, "form", lambda *a, **k: 1.001 * form(*a, **k))
+    with pytest.raises(SystemExit, match="wrong"):
+        gpu.measured(torch.device(DEVICE), 16)
+    assert "form, float32, float32: it is off by" in capsys.readouterr().out
 
 
 def test_the_gpu_script_says_how_it_is_used():

@@ -12,8 +12,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from typer.testing import CliRunner
 
-import hira.cli
+import hira.cli.app
 
 # Says what a program sees of itself, and whose HiRA it gets; without a word about hira.
 SCRIPT = """
@@ -186,7 +187,65 @@ def test_env(done):
     assert rows["triton"] == "not installed" or rows["triton"][0].isdigit()
 
 
-@pytest.mark.parametrize("name", ["", "run", "env", "merge", "inspect", "verify", "convert"])
+def invoke(*arguments: str):
+    """The command in this process, so that a test can give it a device."""
+    return CliRunner().invoke(hira.cli.app.app, list(arguments), env={"COLUMNS": "250"})
+
+
+def test_bench_says_what_it_can_measure():
+    assert "--kernels" in words(invoke("bench").stderr)
+    assert invoke("bench").exit_code == 2
+
+
+def test_bench_says_that_there_is_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke("bench", "--kernels", "--size", "64")
+    assert result.exit_code == 1
+    assert "no CUDA device" in result.stderr
+    assert not result.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A CUDA device as far as the command asks for it, whose kernels run in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot run, not even interpreted")
+    from hira.ops import kernel_bench, kernel_choice
+
+    machine = {"device": "A GPU", "driver": "12", "torch": "2", "triton": "3", "hira": "0"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "machine_of", lambda device: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: machine["device"])
+    measure = kernel_bench.measure
+    monkeypatch.setattr(kernel_bench, "measure", lambda device, *how: measure(torch.device("cpu"), *how))
+    monkeypatch.setattr(kernel_choice, "REPEATS", 1)
+
+
+def test_bench_prints_a_table_and_env_what_was_found(gpu):
+    assert re.search(r"verdicts on device 0 +none yet", invoke("env").stdout)
+    result = invoke("bench", "--kernels", "--size", "16", "--rank", "2", "--tokens", "16")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("A GPU; driver 12; torch 2; triton 3; hira 0\nW0 16 x 16, r = 2, 16 tokens")
+    assert len(re.findall(r"^\| (?:form|factor_gradients|decode), ", result.stdout, re.MULTILINE)) == 9
+    shown = invoke("env").stdout
+    assert "none yet" not in shown
+    for kernel in ("form", "factor_gradients", "decode"):
+        assert re.search(rf"{kernel}, bfloat16, bfloat16 +(the kernel|PyTorch) serves: kernel [\d.]+ us", shown)
+
+
+def test_bench_fails_for_a_wrong_kernel(gpu, monkeypatch):
+    from hira.ops import triton
+
+    monkeypatch.setattr(triton, "form", lambda W0, A, B, dtype, noise=None: W0.to(dtype))
+    with pytest.warns(UserWarning, match="form"):
+        result = invoke("bench", "--kernels", "--size", "16", "--rank", "2", "--tokens", "16")
+    assert result.exit_code == 1
+    assert "PyTorch: wrong" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["", "run", "env", "bench", "merge", "inspect", "verify", "convert"])
 def test_help_waits_for_nothing(name):
     """Importing hira takes seconds, so help must not. Seconds are those of the processor, which others may use too."""
     command = name.split()

@@ -41,6 +41,7 @@ OPS_LAYERS = [
     ["kernel_choice"],
     ["effective_weight"],
     ["linear", "mixed_batch", "embedding", "conv", "recompute", "grouped"],
+    ["kernel_bench"],
     ["__init__"],
 ]
 OPTIONAL = {"bitsandbytes", "triton", "trl", "datasets", "accelerate", "matplotlib", "deepspeed"}
@@ -113,6 +114,7 @@ def test_what_answers_at_once_imports_torch_and_peft_where_it_uses_them(path):
         "version",
         "peft_hook",
         "cli.app",
+        "cli.bench_command",
         "cli.file_commands",
         "cli.training_commands",
         "cli.messages",

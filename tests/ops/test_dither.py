@@ -74,8 +74,13 @@ def test_special_numbers(dtype, transposed):
     assert not found.isnan()[:, [10, 11]].any()
 
 
-def test_one_special_number_among_others():
-    """Bfloat16 chunks are rounded first and looked at then; every number whose look could deceive is tried alone."""
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_one_special_number_among_others(on_cpu, monkeypatch):
+    """Bfloat16 chunks are rounded first and looked at then; every number whose look could deceive is tried alone.
+
+    A device, whose numbers are not looked at, computes which of them take noise.
+    """
+    monkeypatch.setattr(heuristics, "on_cpu", lambda device: on_cpu)
     edges = [0, 1, 0x7FFF, 0x8000, 0x7F_FFFF, 0x80_0000, 0x80_7FFF, 0x80_8000, 0x81_0000]
     edges += [0x7F7E_8000, 0x7F7F_0000, 0x7F7F_0001, 0x7F7F_FFFF, 0x7F80_0000, 0x7F80_0001, 0x7FC0_0000, 0x7FFF_FFFF]
     noise = torch.tensor([-(2**15) + 1, -1, 1, 2**15 - 1], dtype=torch.int16)

@@ -306,8 +306,8 @@ def test_opaque_operators_keep_their_contracts(dtype, layout, block_size):
         W0, A, B, x = (t.t().contiguous().t() for t in (W0, A, B, x))
     dy = torch.randn(5, 6).to(dtype)
     for update_only in (False, True):
-        torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, bias, 0, update_only))
-        torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, None, 0, update_only))
+        torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, bias, 0, update_only, True))
+        torch.library.opcheck(torch.ops.hira.linear_forward, (x, W0, A, B, None, 0, update_only, False))
         torch.library.opcheck(torch.ops.hira.linear_input_gradient, (dy, W0, A, B, 0, update_only))
     torch.library.opcheck(torch.ops.hira.linear_factor_gradients, (dy, x, W0, A, B, 0, None))
     codes, scale = int8.quantize(x)

@@ -146,6 +146,15 @@ def test_layouts(noise):
     assert torch.equal(form(*spread, W0.dtype, noise=noise), expected)
 
 
+def test_into_given_memory():
+    W0, A, B = weights(65, 130, dtype=torch.bfloat16)
+    memory = torch.full((65, 140), 7.0, dtype=W0.dtype, device=DEVICE)
+    out = memory[:, 5:135]
+    assert form(W0, A, B, W0.dtype, out=out) is out
+    assert torch.equal(out, form(W0, A, B, W0.dtype))
+    assert (memory[:, :5] == 7).all() and (memory[:, 135:] == 7).all()
+
+
 def test_rows_beyond_the_reach_of_32_bits():
     W0, A, B = weights(40, 63, dtype=torch.bfloat16)
     far = far_apart(W0)
@@ -194,6 +203,8 @@ def test_compiled():
         ({"A": torch.ones(3, 63, dtype=torch.int32)}, "A.* torch.int32"),
         ({"W0": torch.ones(37, 63, dtype=torch.float64)}, "W0.* torch.float64"),
         ({"dtype": torch.float64}, "result.* torch.float64"),
+        ({"out": torch.ones(37, 63)}, "out.* torch.float32.* torch.bfloat16"),
+        ({"out": torch.ones(37, 62).bfloat16()}, r"out.* \(37, 62\)"),
         ({"noise": (torch.ones(37).short(), torch.ones(62).short())}, "int16"),
         ({"noise": (torch.ones(37).short(), torch.ones(63).int())}, "int16"),
         ({"noise": (torch.ones(37).short(), torch.ones(63).short()), "dtype": torch.float32}, "rounded"),

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hira.cli import file_commands, training_commands
+from hira.cli import bench_command, file_commands, training_commands
 from hira.cli.messages import quiet_imports
 
 app = typer.Typer(
@@ -73,7 +74,7 @@ def env() -> None:
         import torch
 
         import hira
-        from hira.ops import heuristics
+        from hira.ops import heuristics, kernel_choice
 
     table = Table(show_header=False, box=None)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
@@ -84,9 +85,15 @@ def env() -> None:
     table.add_row("PEFT's type HIRA", "hira" if hira.is_registered() else "PEFT's own")
     for name, path in heuristics.describe(torch.device("cuda" if devices else "cpu")).items():
         table.add_row(name, path)
+    for i in range(len(devices)):
+        known = kernel_choice.known(torch.device("cuda", i)) if find_spec("triton") else {}
+        table.add_row(f"verdicts on device {i}", "" if known else "none yet")
+        for entry, verdict in known.items():
+            table.add_row(f"  {entry}", str(verdict))
     Console().print(table)
 
 
+app.command()(bench_command.bench)
 app.command()(file_commands.merge)
 app.command()(file_commands.convert)
 app.command()(file_commands.inspect)

@@ -22,6 +22,7 @@ from hira.distributed.detection import is_dtensor
 from hira.distributed.gathering import gathered
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
+from hira.layers.inference_cache import inference_cache
 from hira.ops.linear import Dequantize
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
@@ -500,6 +501,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
+
+    def _is_in_training_step(self) -> bool:
+        """Whether a product counts as training though gradients may be off; generation in training mode does not."""
+        return self.training and not inference_cache.is_open
 
     def _is_plain(self) -> bool:
         """Whether the base layer's own call is the product with its weight, and nothing else happens in it."""

@@ -141,6 +141,7 @@ class ParamWrapper(HiraLayer):
             stacked=self._is_stacked,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
             whole=Expert(W0.mT if self._is_transposed else W0, A, B, lora_r) if at_hand else None,
+            training=self._is_in_training_step(),
         )
 
     def _fetcher(self, away: OffloadedTensor, e: int) -> Dequantize:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hira.ops import heuristics
+
 # entries of W0 that are compared; all of A and B are
 _SAMPLE = 1024
 
@@ -68,7 +70,7 @@ def get(
     Returns:
         W' (out, in), or None where it is not kept.
     """
-    on_cpu = sources[0].device.type == "cpu"
+    on_cpu = heuristics.on_cpu(sources[0].device)
     if not (on_cpu or layer.training):
         _entries.pop(layer, None)
         return None

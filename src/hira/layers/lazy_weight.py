@@ -46,7 +46,7 @@ class LazyWeight(Tensor):
         transposed: whether the matrices are W'^T (in, out).
         stacked: whether it has three dimensions; otherwise it is one matrix, and `ids` has one entry.
         kernel: the shape of a convolution's weight, of which the matrix is what it flattens to.
-        weight_gradient: as for `ops.linear`.
+        weight_gradient, training: as for `ops.linear`.
         whole: W0, A and B of all experts, stacked, where they are at hand and the matrices are those of all.
     """
 
@@ -57,6 +57,7 @@ class LazyWeight(Tensor):
     kernel: torch.Size | None
     weight_gradient: WeightGradient
     whole: Expert | None
+    training: bool
 
     @staticmethod
     def __new__(
@@ -69,6 +70,7 @@ class LazyWeight(Tensor):
         kernel: torch.Size | None = None,
         weight_gradient: WeightGradient = "exact",
         whole: Expert | None = None,
+        training: bool = False,
     ) -> LazyWeight:
         """Make the tensor; see the class."""
         W0, A, B, *_ = experts[0]
@@ -82,7 +84,7 @@ class LazyWeight(Tensor):
             device=A.device,
             requires_grad=trains,
         )
-        self.experts, self.ids, self.weight_gradient = experts, ids, weight_gradient
+        self.experts, self.ids, self.weight_gradient, self.training = experts, ids, weight_gradient, training
         self.transposed, self.stacked, self.kernel, self.whole = transposed, stacked, kernel, whole
         if trains:
             with torch._C.DisableTorchFunctionSubclass():
@@ -138,21 +140,33 @@ class LazyWeight(Tensor):
     def _apply(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the product with W' of expert i."""
         W0, A, B, lora_r, dequantize = self.experts[i]
-        return linear(x, W0, A, B, bias, lora_r=lora_r, dequantize=dequantize, weight_gradient=self.weight_gradient)
-
-    def _of(self, ids: list[int], *, stacked: bool) -> LazyWeight:
-        return LazyWeight(
-            self.experts, ids, transposed=self.transposed, stacked=stacked, weight_gradient=self.weight_gradient
+        return linear(
+            x,
+            W0,
+            A,
+            B,
+            bias,
+            lora_r=lora_r,
+            dequantize=dequantize,
+            weight_gradient=self.weight_gradient,
+            training=self.training,
         )
 
+    def _of(self, ids: list[int], *, stacked: bool) -> LazyWeight:
+        return self._like(ids, self.transposed, stacked, None)
+
     def _flipped(self) -> LazyWeight:
+        return self._like(self.ids, not self.transposed, self.stacked, self.whole)
+
+    def _like(self, ids: list[int], transposed: bool, stacked: bool, whole: Expert | None) -> LazyWeight:
         return LazyWeight(
             self.experts,
-            self.ids,
-            transposed=not self.transposed,
-            stacked=self.stacked,
+            ids,
+            transposed=transposed,
+            stacked=stacked,
             weight_gradient=self.weight_gradient,
-            whole=self.whole,
+            training=self.training,
+            whole=whole,
         )
 
 

@@ -97,6 +97,7 @@ class Linear(HiraLayer):
             dequantize=dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
             formed=formed,
+            training=self._is_in_training_step(),
         )
         return y if dtype is None else y.to(x.dtype)
 

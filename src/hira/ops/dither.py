@@ -17,6 +17,9 @@ from hira.ops import heuristics
 from hira.ops.workspace import is_concrete
 
 _COLUMN_SALT = 0x9E3779B9
+# For bfloat16, of numbers of 16 bits that count from -2**15: what leads from twice the upper half of a float32, its
+# sign shifted out, to its distance from the least of full significand, and that of the last below the largest.
+_BELOW_LEAST, _TO_LARGEST = 0x8000 - 0x0100, 0x7F7E * 2 - 0x0100 - 0x8000
 
 
 class Noise(NamedTuple):
@@ -43,6 +46,8 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
         rows: (m,), the hashes of the rows' numbers.
         columns: (n,), those of the columns'.
     """
+    if exact.stride(-1) != 1 and exact.stride(0) == 1:
+        return round_into(out.t(), exact.t(), columns, rows).t()
     for chunk in heuristics.chunks(exact):
         part, noise = exact[chunk], rows[chunk, None] * columns
         bits = part.view(torch.int32)
@@ -53,11 +58,20 @@ def round_into(out: Tensor, exact: Tensor, rows: Tensor, columns: Tensor) -> Ten
             if _all_ordinary(out[chunk].copy_(part)):
                 continue
             bits -= noise
-        size, limits = part.abs(), torch.finfo(out.dtype)
-        noise *= (size >= limits.tiny) & (size <= limits.max)
-        bits += noise
+        bits.addcmul_(noise, _are_ordinary(part, out.dtype))
         out[chunk].copy_(part)
     return out
+
+
+def _are_ordinary(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether numbers of float32 are neither below the least of dtype's full significand nor above its largest."""
+    if dtype == torch.bfloat16 and exact.stride(-1) == 1:
+        # by the upper 16 bits; those of the largest can be left out, as it is rounded to itself with noise and without
+        upper = exact.view(torch.int16)[:, 1::2]
+        above = torch.add(_BELOW_LEAST, upper, alpha=2)  # twice the magnitude less the least's, less 2**15; wraps
+        return above <= _TO_LARGEST
+    size, limits = exact.abs(), torch.finfo(dtype)
+    return (size >= limits.tiny) & (size <= limits.max)
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
@@ -93,7 +107,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, noise: Noise) -> Tensor:
 
 def _can_look(tensor: Tensor) -> bool:
     """Whether values can be looked at: there are some, and no device has to be waited for."""
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and is_concrete(tensor)
+    return heuristics.on_cpu(tensor.device) and tensor.numel() > 0 and is_concrete(tensor)
 
 
 def _all_ordinary(rounded: Tensor) -> bool:

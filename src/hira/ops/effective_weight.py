@@ -124,8 +124,9 @@ def block(
     columns: slice = slice(None),
     *,
     single_threaded: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return W' of some rows and columns W0 of a weight, rounded once; in the workspace's memory.
+    """Return W' of some rows and columns W0 of a weight, rounded once; in the workspace's memory, or in out.
 
     With `single_threaded`, what is not the product is done by one thread, for a caller whose other threads need the
     other cores: the entries are the same, which those of a product by one thread need not be.
@@ -133,7 +134,7 @@ def block(
     noise = by.noise and Noise(by.noise.rows[rows], by.noise.columns[columns])
     by = Modulation(by.A[:, columns], by.B[rows], by.lora_r, noise, by.update_only)
     with heuristics.one_thread() if single_threaded else nullcontext():
-        return _formed(W0, by, workspace.dtype, workspace)
+        return _formed(W0, by, workspace.dtype, workspace, out)
 
 
 def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
@@ -141,15 +142,18 @@ def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
     return _formed(W0, by, dtype, None)
 
 
-def _formed(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+def _formed(
+    W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None, out: Tensor | None = None
+) -> Tensor:
     if heuristics.triton(W0) and not by.lora_r:
         from hira.ops import triton
 
         A, B, _, noise, update_only = by
-        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise)
+        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise, out=out)
         if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None)):
             return kernel()
-    return _formed_by_pytorch(W0, by, dtype, workspace)
+    formed = _formed_by_pytorch(W0, by, dtype, workspace)
+    return formed if out is None else out.copy_(formed)
 
 
 def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
@@ -164,6 +168,13 @@ def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace
         exact = _apply(W0, BA, by.update_only)
         return exact if lora is None else _add_product(exact, *lora)
     formed = torch.empty_like(BA, dtype=dtype) if workspace is None else workspace.rounded(W0)
+    if not heuristics.on_cpu(W0.device):  # one operation reads W0 as it is stored, and rounds if that is to nearest
+        if lora is None and by.noise is None:
+            return _apply(W0, BA, by.update_only, out=formed)
+        exact = _apply(W0, BA, by.update_only)
+        if lora is not None:
+            _add_product(exact, *lora)
+        return formed.copy_(exact) if by.noise is None else round_into(formed, exact, by.noise.rows, by.noise.columns)
     chunks = list(heuristics.chunks(BA))  # that stay in the processor's cache
     if lora is not None:  # one product for all chunks
         for chunk in chunks:
@@ -178,9 +189,10 @@ def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace
     return formed
 
 
-def _apply(W0: Tensor, BA: Tensor, update_only: bool) -> Tensor:
-    """``W0 + W0 * BA``, or ``W0 * BA``, in BA's memory: the sum is as exact as W0 times 1 + BA, and one operation."""
-    return BA.mul_(W0) if update_only else torch.addcmul(W0, W0, BA, out=BA)
+def _apply(W0: Tensor, BA: Tensor, update_only: bool, out: Tensor | None = None) -> Tensor:
+    """``W0 + W0 * BA``, or ``W0 * BA``, in BA's memory or out, rounded: as exact as W0 (1 + BA), and one operation."""
+    out = BA if out is None else out
+    return torch.mul(BA, W0, out=out) if update_only else torch.addcmul(W0, W0, BA, out=out)
 
 
 def _add_product(exact: Tensor, L1: Tensor, L2: Tensor) -> Tensor:
@@ -241,7 +253,7 @@ def form(W0: Tensor, A: Tensor, B: Tensor, lora_r: int, dtype: torch.dtype, *, u
         out = torch.empty_like(W0, dtype=dtype)
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
-            out[rows] = block(W0[rows], by, workspace, rows)
+            block(W0[rows], by, workspace, rows, out=out[rows])
     return out
 
 
@@ -265,8 +277,11 @@ def factor_gradients(G: Tensor, W0: Tensor, A: Tensor, B: Tensor, lora_r: int) -
     """Those of the joined factors, of the whole gradient G of W', in the dtypes of A and B, by plain operations."""
     dtype = formation_dtype(W0.dtype)
     A_, B_, lora = split(A.to(dtype), B.to(dtype), lora_r)
-    G = G.to(dtype)
-    GW = G * W0
+    if lora is None and not heuristics.on_cpu(G.device):  # one operation that reads G and W0 as they are
+        GW = torch.addcmul(G.new_zeros(1, dtype=dtype), G, W0)
+    else:
+        G = G.to(dtype)
+        GW = G * W0
     dA, dB = torch.mm(B_.t(), GW), torch.mm(GW, A_.t())
     if lora is not None:
         dA, dB = torch.cat([dA, torch.mm(lora[1].t(), G)]), torch.cat([dB, torch.mm(G, lora[0].t())], dim=1)

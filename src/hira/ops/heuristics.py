@@ -42,6 +42,11 @@ _mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROX
 _tracing_state = torch._C._get_tracing_state
 
 
+def on_cpu(device: torch.device) -> bool:
+    """Whether a device is a CPU; every way that is a CPU's asks here, so that a test can have the others on one."""
+    return device.type == "cpu"
+
+
 def plain() -> bool:
     """Whether operators have to consist of plain PyTorch operations, because something looks into them here.
 
@@ -64,19 +69,19 @@ def plain_backward(dy: Tensor) -> bool:
 
 def block_entries(device: torch.device) -> int:
     """The number of entries that a block may have."""
-    return CPU_BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+    return CPU_BLOCK_ENTRIES if on_cpu(device) else DEVICE_BLOCK_ENTRIES
 
 
 def is_small(W0: Tensor) -> bool:
     """Whether W' is formed whole in memory of its own: on a CPU, where the allocator has that much at hand."""
     limit = block_entries(W0.device)
-    return W0.numel() <= (min(CPU_CHUNK_ENTRIES, limit) if W0.device.type == "cpu" else limit)
+    return W0.numel() <= (min(CPU_CHUNK_ENTRIES, limit) if on_cpu(W0.device) else limit)
 
 
 def chunks(matrix: Tensor) -> Iterator[slice]:
     """Split the rows of a matrix for a series of elementwise operations."""
     rows, columns = matrix.shape
-    step = max(1, CPU_CHUNK_ENTRIES // max(columns, 1)) if matrix.device.type == "cpu" else max(rows, 1)
+    step = max(1, CPU_CHUNK_ENTRIES // max(columns, 1)) if on_cpu(matrix.device) else max(rows, 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -93,7 +98,7 @@ def one_thread() -> Iterator[None]:
 
 def transposed(x: Tensor) -> bool:
     """Whether y (T, out) for x (T, in) is computed as the transpose of ``W' x^T``."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] in TRANSPOSED_TOKENS
+    return on_cpu(x.device) and x.dtype == torch.float32 and x.shape[0] in TRANSPOSED_TOKENS
 
 
 def dithers(stored: torch.dtype, product: torch.dtype) -> bool:
@@ -124,12 +129,12 @@ def groups(x: Tensor, experts: int) -> bool:
 
 def stacks(tensor: Tensor) -> bool:
     """Whether W' of all experts is formed at once, for a grouped product and for a merge: on an accelerator."""
-    return tensor.device.type != "cpu"
+    return not on_cpu(tensor.device)
 
 
 def keeps_weight(x: Tensor) -> bool:
     """Whether a layer that generates keeps W' for the next forward: on a CPU."""
-    return x.device.type == "cpu"
+    return on_cpu(x.device)
 
 
 def triton(tensor: Tensor) -> bool:
@@ -138,7 +143,7 @@ def triton(tensor: Tensor) -> bool:
 
 
 def decodes(x: Tensor) -> bool:
-    """Whether the product for x (T, in) is one kernel that reads W0 once and forms no W'."""
+    """Whether the product for x (T, in) is one kernel that reads W0 once and forms no W', in inference."""
     return 0 < x.shape[0] <= DECODED_TOKENS and triton(x)
 
 
@@ -149,7 +154,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "1": "on, by HIRA_TRITON=1 in the environment, unchecked",
     }.get(TRITON, "where they are right and faster than PyTorch, which is found out at their first use")
     kernels = kernels if device.type == "cuda" else "none: they serve CUDA alone"
-    few = "formed each time" if device.type != "cpu" else "kept by hira.inference_cache in generate()"
+    few = "formed each time" if not on_cpu(device) else "kept by hira.inference_cache in generate()"
     return {
         "linear": f"one product with W', formed in blocks of {block_entries(device):,} entries",
         "decoding": f"W' is {few}; tokens with an adapter each share one product",

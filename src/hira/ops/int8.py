@@ -56,7 +56,8 @@ def quantize_shared(x: Tensor) -> Codes:
     They are compared by value. What is shared is memory: every call quantises.
     """
     codes = quantize(x.detach().reshape(-1, x.shape[-1]))
-    if not is_concrete(codes.codes) or x.device.type != "cpu":  # elsewhere the comparison would wait for the device
+    # on a device the comparison would wait for it
+    if not is_concrete(codes.codes) or not heuristics.on_cpu(x.device):
         return codes
     before = [part for reference in _last.codes or () if (part := reference()) is not None]
     if len(before) == len(codes) and all(map(torch.equal, before, codes)):

@@ -45,6 +45,7 @@ def linear(
     dequantize: Dequantize | None = None,
     weight_gradient: WeightGradient = "exact",
     formed: Tensor | None = None,
+    training: bool = False,
 ) -> Tensor:
     """Apply an adapted weight to x as one dense product.
 
@@ -66,6 +67,8 @@ def linear(
             for backward in 8 bits. Where that cannot be, `heuristics.int8` says where, G is exact.
         formed: W' (out, in) as it was formed before, in the dtype of the product; it stands in for it forward and for
             dx, and nobody may change it before the backward.
+        training: whether this is part of a training step even where gradients are off, as in the first forward of
+            reentrant checkpointing. A training step takes the same W', rounded once, everywhere.
 
     Returns:
         (..., out), in the dtype that ``F.linear(x, W0)`` gives, autocast included.
@@ -92,7 +95,9 @@ def linear(
     elif formed is not None:
         y = _multiplied(flat, formed, bias)
     else:
-        y = _forward(flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
+        y = _forward(
+            flat, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only, training
+        )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -122,7 +127,8 @@ class _Linear(torch.autograd.Function):
         if formed is not None:
             y = _multiplied(x, formed, bias)
         else:
-            y = _forward(x, weight if dequantize is None else dequantize(weight), A, B, bias, lora_r, update_only)
+            W0 = weight if dequantize is None else dequantize(weight)
+            y = _forward(x, W0, A, B, bias, lora_r, update_only, True)
         ctx.formed = formed
         ctx.lora_r, ctx.update_only, ctx.dequantize = lora_r, update_only, dequantize
         needs_x = any(ctx.needs_input_grad[1:4])
@@ -176,19 +182,19 @@ def _multiplied(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward(
-    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool
+    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool, training: bool
 ) -> Tensor:
     function = torch.ops.hira.linear_forward if torch.compiler.is_compiling() else linear_forward
-    y: Tensor = function(x, W0, A, B, bias, lora_r, update_only)
+    y: Tensor = function(x, W0, A, B, bias, lora_r, update_only, training)
     return y
 
 
 @without_autocast
 def linear_forward(
-    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool
+    x: Tensor, W0: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_r: int, update_only: bool, training: bool
 ) -> Tensor:
-    """x (T, in) -> y (T, out), a block of W's rows at a time."""
-    if heuristics.decodes(x) and not (lora_r or update_only):
+    """x (T, in) -> y (T, out), a block of W's rows at a time; in training by the W' that dx is computed with."""
+    if heuristics.decodes(x) and not (lora_r or update_only or training):
         from hira.ops import triton
 
         kernel = partial(triton.decode, x, W0, A, B, bias)
@@ -285,8 +291,8 @@ def _opaque(function: Callable[..., Any], schema: str, fake: Callable[..., Any])
 
 _opaque(
     linear_forward,
-    "(Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? bias, int lora_r, bool update_only) -> Tensor",
-    lambda x, W0, A, B, bias, lora_r, update_only: x.new_empty(x.shape[0], W0.shape[0]),
+    "(Tensor x, Tensor W0, Tensor A, Tensor B, Tensor? bias, int lora_r, bool update_only, bool training) -> Tensor",
+    lambda x, W0, A, B, bias, lora_r, update_only, training: x.new_empty(x.shape[0], W0.shape[0]),
 )
 _opaque(
     linear_input_gradient,

@@ -44,7 +44,8 @@ scratch = _Scratch()
 class Workspace:
     """Memory for one block of W' or of its gradient at a time, for one pass over all blocks.
 
-    On a CPU it is the thread's own, kept from pass to pass. A pass that begins within another, as in a mode of PyTorch
+    It is taken where it is first asked for, so that kernels, which form W' in memory of its own, cost no other. On a
+    CPU it is the thread's own, kept from pass to pass. A pass that begins within another, as in a mode of PyTorch
     that watches operations, gets memory of its own.
 
     Args:
@@ -54,28 +55,30 @@ class Workspace:
 
     def __init__(self, W0: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._kept = False  # until there is memory to give back
+        self._formation = formation_dtype(W0.dtype)
+        self._taken: dict[torch.dtype, Tensor] = {}
         limit = heuristics.block_entries(W0.device)
-        entries = min(W0.numel(), max(limit, *W0.shape))
-        kept = W0.device.type == "cpu" and entries <= limit and is_concrete(W0)
-        take = scratch.take if kept else partial(_fresh, W0)
-        exact = formation_dtype(W0.dtype)
-        self._exact = take(entries, exact)
-        self._rounded = self._exact if dtype == exact else take(entries, dtype)
-        self._kept = kept
+        self._entries = min(W0.numel(), max(limit, *W0.shape))
+        self._kept = heuristics.on_cpu(W0.device) and self._entries <= limit and is_concrete(W0)
+        self._take = scratch.take if self._kept else partial(_fresh, W0)
 
     def __del__(self) -> None:
         if self._kept:
-            scratch.give(self._exact)
-            scratch.give(self._rounded)
+            for memory in self._taken.values():
+                scratch.give(memory)
+
+    def _memory(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._taken:
+            self._taken[dtype] = self._take(self._entries, dtype)
+        return self._taken[dtype]
 
     def exact(self, like: Tensor) -> Tensor:
         """A tensor in the dtype of formation, with the shape and memory layout of ``like`` (rows, columns)."""
-        return _laid_out(self._exact, like)
+        return _laid_out(self._memory(self._formation), like)
 
     def rounded(self, like: Tensor) -> Tensor:
         """The same in the dtype of the products; where the dtypes agree it is the same memory."""
-        return _laid_out(self._rounded, like)
+        return _laid_out(self._memory(self.dtype), like)
 
 
 def _fresh(W0: Tensor, entries: int, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,10 @@ They compute in float32, for weights of at most 32 bits. On CPU tensors they run
 TRITON_INTERPRET was 1 before triton was first imported.
 """
 
+from triton import __version__ as triton_version
+
 from hira.ops.triton.decode import decode
 from hira.ops.triton.factor_gradients import factor_gradients
 from hira.ops.triton.form import form
 
-__all__ = ["decode", "factor_gradients", "form"]
+__all__ = ["decode", "factor_gradients", "form", "triton_version"]

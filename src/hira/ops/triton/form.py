@@ -97,6 +97,7 @@ def form(
     *,
     update_only: bool = False,
     noise: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Form an adapted weight in one pass.
 
@@ -111,9 +112,10 @@ def form(
         update_only: leave out the 1.
         noise: the hashes of row numbers (out,) and of column numbers (in,), odd int16, as `hira.ops.dither.noise_of`
             gives them; None to round to nearest. For bfloat16 and float16 only.
+        out: (out, in), of ``dtype`` and of any strides: where W' is written; None for memory of its own.
 
     Returns:
-        W' (out, in), of ``dtype`` and W0's memory layout. Not tracked by autograd.
+        W' (out, in), of ``dtype`` and W0's memory layout; or ``out``. Not tracked by autograd.
 
     Raises:
         HiraError: shapes or dtypes do not fit.
@@ -133,9 +135,12 @@ def form(
             raise HiraError(f"form: noise is {shapes}; for W0 {tuple(W0.shape)} it must be one int16 vector for each")
         if dtype == torch.float32:
             raise HiraError("form: noise was given for a float32 result, which is not rounded")
-    function = torch.ops.hira.triton_form if torch.compiler.is_compiling() else _form
-    weight: Tensor = function(W0, A, B, dtype, update_only, row_noise, column_noise)
-    return weight
+    if out is not None and (out.shape, out.dtype) != (W0.shape, dtype):
+        raise HiraError(f"form: out is {tuple(out.shape)} {out.dtype}; it must be {tuple(W0.shape)} {dtype}")
+    if torch.compiler.is_compiling():
+        weight: Tensor = torch.ops.hira.triton_form(W0, A, B, dtype, update_only, row_noise, column_noise)
+        return weight if out is None else out.copy_(weight)
+    return _form(W0, A, B, dtype, update_only, row_noise, column_noise, out)
 
 
 def _form(
@@ -146,8 +151,9 @@ def _form(
     update_only: bool,
     row_noise: Tensor | None,
     column_noise: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(W0, dtype=dtype)
+    out = torch.empty_like(W0, dtype=dtype) if out is None else out
     if out.numel() == 0:
         return out
     if row_noise is not None and column_noise is not None:

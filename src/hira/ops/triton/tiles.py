@@ -37,7 +37,9 @@ MOST_RANKS = 64
 
 def spacious(tensor: Tensor) -> bool:
     """Whether a block has over 160 KiB of shared memory on the tensor's device."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+    if not tensor.is_cuda or torch.version.hip is not None:  # AMD's numbers are like these, and its blocks have 64 KiB
+        return False
+    return torch.cuda.get_device_capability(tensor.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def factor_gradients(W0: Tensor) -> Tile:
