@@ -55,7 +55,8 @@ test: setup ## run the tests on two cores; ARGS are passed to pytest
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-source: setup-source ## run the tests of what is built from source
-	$(BIN)/python -m pytest tests/test_gptq.py tests/test_sharding.py tests/test_storages.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_gptq.py tests/test_sharding.py tests/test_storages.py tests/test_trl_training.py \
+	tests/training/finetune/test_zero.py $(ARGS)
 
 demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
 	@$(BIN)/python examples/docstrings/demo.py $(ARGS)

@@ -3,18 +3,24 @@
 Pretraining takes a minute or two on two cores; the weights are then kept in a folder and found again. The text to adapt
 to is Python's language reference, which the standard library holds as `pydoc_data.topics`: prose where the model has
 seen code.
+
+    python -m benchmarks.tiny_lm FOLDER    # writes FOLDER/model and FOLDER/reference.jsonl, for `hira finetune`
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PACKAGES = ["asyncio", "collections", "concurrent", "ctypes", "email", "html", "http", "importlib", "json", "logging"]
 PACKAGES += ["multiprocessing", "unittest", "urllib", "wsgiref", "xml"]
@@ -105,3 +111,31 @@ def loss_on(model: nn.Module, text: Tensor, count: int = 24) -> float:
     """The mean loss over some batches, the same at each call."""
     model.eval()
     return sum(model(input_ids=ids, labels=ids).loss.item() for ids in batches(text, count, seed=12345)) / count
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, of the byte's number; byte 0, which no text has, ends a text and pads."""
+    characters = bytes_to_unicode()
+    tokens = Tokenizer(models.BPE({character: byte for byte, character in characters.items()}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens.decoder = decoders.ByteLevel()
+    end = characters[0]
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token=end, pad_token=end, model_max_length=CONTEXT)
+
+
+def write(folder: Path) -> None:
+    """Write the pretrained model with its tokenizer, and a row for each paragraph of the language reference."""
+    from pydoc_data.topics import topics
+
+    model = pretrained(folder)
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    paragraphs = [part.strip() for name in sorted(topics) for part in topics[name].split("\n\n") if part.strip()]
+    rows = "".join(json.dumps({"text": part}) + "\n" for part in paragraphs)
+    (folder / "reference.jsonl").write_text(rows, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)

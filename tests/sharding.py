@@ -50,10 +50,16 @@ def base_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def adapted(model: Any, kind: str, adapters: int = 1, **options: Any) -> PeftModel:
-    """The model with adapters whose A and B are not zero and equal in all processes; all of them active."""
+    """The model with adapters whose A and B are not zero and equal in all processes; all of them active.
+
+    The second has a LoRA beside HiRA.
+    """
     names = ["default", "second"][:adapters]
     for rank, name in enumerate(names, 2):
-        config = hira.HiraConfig(r=rank, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2", **options)
+        lora_r = rank - 2
+        config = hira.HiraConfig(
+            r=rank, lora_r=lora_r, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2", **options
+        )
         model = get_peft_model(model, config) if name == "default" else model
         if name != "default":
             model.add_adapter(name, config)

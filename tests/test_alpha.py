@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hira
-from hira import HiraConfig, HiraError
+from hira import HiraConfig, HiraError, HiraModel
+from hira.tuner import state_dicts
 from hira.tuner.model import hira_layers
 
 TARGETS = ["embedding", "first", "second", "third", "convolution"]
@@ -200,6 +201,24 @@ def test_a_checkpoint_needs_no_scale(tmp_path):
     set_peft_model_state_dict(plain, file)
     assert set(scales(plain)) == {1}
     assert torch.equal(plain(IDS), y)
+
+
+def test_a_peft_that_does_not_ask_the_tuner(tmp_path, monkeypatch):
+    """PEFT 0.20: it saves and loads without HiraModel, so that the functions around its own have to scale B."""
+    model = trained(adapted(hira_alpha=16))
+    model.save_pretrained(tmp_path / "wanted")
+    wanted = load_file(tmp_path / "wanted" / "adapter_model.safetensors")
+    monkeypatch.setattr(state_dicts, "_TUNER_CONVERTS", False)
+    for name in ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"):
+        monkeypatch.delattr(HiraModel, name)
+    for options in ({}, {"state_dict": model.state_dict()}):  # the second is how Trainer saves
+        model.save_pretrained(tmp_path / "found", **options)
+        found = load_file(tmp_path / "found" / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Net(), tmp_path / "found")
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def base_state(model: Any) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,15 @@ import hira
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_the_documentation_has_the_table_of_the_committed_dtypes():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from benchmarks import adapter_dtype
+
+    seeds = json.loads(adapter_dtype.RESULTS.read_text())["seeds"]
+    assert len(seeds) >= 3
+    assert "\n".join(adapter_dtype.table(seeds)) in (FOLDER.parent / "docs" / "training.md").read_text()
 
 
 @pytest.fixture(autouse=True)

@@ -43,5 +43,5 @@ def test_a_run(study, method, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PRETRAINING_STEPS", 1)
     monkeypatch.setattr(study, "STEPS", 2)
     study.pretrain("convolutional net", tmp_path)
-    loss = study.adapt(study.Run("convolutional net", 4, method, 1e-3, 0), tmp_path)
-    assert 0 < loss < math.inf
+    loss, accuracy = study.adapt(study.Run("convolutional net", 4, method, 1e-3, 0), tmp_path)
+    assert 0 < loss < math.inf and 0 <= accuracy <= 1

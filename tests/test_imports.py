@@ -27,6 +27,7 @@ LAYERS = [
     ["layers"],
     ["tuner"],
     ["peft_integration"],
+    ["training"],
     ["peft_hook"],
     [""],
     ["cli"],
@@ -34,7 +35,7 @@ LAYERS = [
 ]
 # inside ops: the equations stand alone, and everything forms W' by way of effective_weight
 OPS_LAYERS = [
-    ["reference", "heuristics"],
+    ["reference", "heuristics", "measures"],
     ["workspace"],
     ["dither", "int8", "triton"],
     ["kernel_choice"],
@@ -107,7 +108,17 @@ def test_the_graph_is_not_empty():
 def test_what_answers_at_once_imports_torch_and_peft_where_it_uses_them(path):
     names = imports(path, everywhere=False)
     assert {name.partition(".")[0] for name in names} <= {"typer", "rich", "hira", *sys.stdlib_module_names}
-    assert within(names) <= {"", "errors", "version", "peft_hook", "cli.app", "cli.bench_command", "cli.file_commands"}
+    assert within(names) <= {
+        "",
+        "errors",
+        "version",
+        "peft_hook",
+        "cli.app",
+        "cli.bench_command",
+        "cli.file_commands",
+        "cli.training_commands",
+        "cli.messages",
+    }
 
 
 def test_every_file_has_a_place():

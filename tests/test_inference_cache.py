@@ -213,6 +213,25 @@ def test_dropout_in_training_drops_in_a_mixed_batch_of_single_tokens():
     assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, False, True]
 
 
+@torch.no_grad()
+def test_a_mixed_batch_keeps_a_weight_for_each_adapter(formed, monkeypatch):
+    layer = hira.Linear(nn.Linear(6, 5).requires_grad_(False), "a", HiraConfig(r=2, init_weights=False)).eval()
+    for name in "bc":
+        layer.update_layer(name, 2, HiraConfig(r=2, init_weights=False))
+    x, names = torch.randn(4, 1, 6), ["a", "b", "__base__", "c"]
+    wanted = layer(x, adapter_names=names)
+    formed.clear()
+    with inference_cache.keep():
+        for _ in range(3):
+            torch.testing.assert_close(layer(x, adapter_names=names), wanted)
+        assert len(formed) == 3
+        assert inference_cache.nbytes == 3 * 5 * 6 * 4
+    monkeypatch.setattr(inference_cache, "max_bytes", 5 * 6 * 4)  # for one of them; the others share a product
+    with inference_cache.keep():
+        torch.testing.assert_close(layer(x, adapter_names=names), wanted)
+        assert len(formed) == 4
+
+
 def test_a_long_prompt_starts_it(scope, formed):
     layer, many = adapted(), torch.randn(100, 6)
     wanted = expected(copy.deepcopy(layer), many)

@@ -58,6 +58,7 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     model = get_peft_model(copy.deepcopy(base), config(*targets, hira_alpha=4))
     layers = [model.get_base_model().get_submodule(name) for name in tied]
     assert set(layers) <= set(hira_layers(model))
+    assert model.get_model_status().available_adapters == model.get_model_status().active_adapters == ["default"]
     assert sum(p.requires_grad for p in model.parameters()) == 2
     y = logits(trained(model))
     assert not torch.equal(y, logits(base))
@@ -65,6 +66,8 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     model.save_pretrained(tmp_path)
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert sum("hira_" in key for key in found) == 2 * len(hira_layers(model))
+    lean = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(lean.eval()), y)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     assert torch.equal(logits(again.eval()), y)
     assert sum(p.requires_grad for p in again.parameters()) == 2
@@ -74,10 +77,11 @@ def test_layers_of_one_weight_keep_one(make, tied, targets, tmp_path):
     torch.testing.assert_close(logits(model), y, **CLOSE)
     model.unmerge_adapter()
     assert torch.equal(logits(model), y)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged), y, **CLOSE)
-    assert merged.get_submodule(tied[0]).weight is merged.get_submodule(tied[-1]).weight
-    assert merged.config.tie_word_embeddings
+    again.merge_adapter()
+    for merged in (model.merge_and_unload(), again.merge_and_unload()):
+        torch.testing.assert_close(logits(merged), y, **CLOSE)
+        assert merged.get_submodule(tied[0]).weight is merged.get_submodule(tied[-1]).weight
+        assert merged.config.tie_word_embeddings
 
 
 def test_the_gradient_is_that_of_both_uses():
@@ -112,6 +116,34 @@ def test_they_stay_tied_when_the_model_is_cast_copied_or_pickled():
         assert torch.equal(W(again.get_base_model().model.embed_tokens), W(again.get_base_model().lm_head))
     model.get_base_model().to(torch.bfloat16)
     assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"], "r": 1},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9]},
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 3]], "ensure_weight_tying": False},
+        {
+            "target_modules": ["q_proj"],
+            "alpha_pattern": {"q_proj": 2},
+            "use_rslora": True,
+            "ensure_weight_tying": False,
+        },
+    ],
+    ids=lambda options: list(options)[-1],
+)
+def test_transformers_own_functions(options, tmp_path):
+    cfg = HiraConfig(**{"r": 2, "ensure_weight_tying": True, "hira_alpha": 8, "init_weights": False, **options})
+    model = get_peft_model(tied_llama(), cfg).eval()
+    y = logits(model)
+    model.save_pretrained(tmp_path / "one")
+    model = tied_llama()
+    model.load_adapter(tmp_path / "one")
+    torch.testing.assert_close(logits(model), y, **CLOSE)
+    if "embed_tokens" not in options["target_modules"]:  # transformers refuses to save both base weights that PEFT adds
+        model.save_pretrained(tmp_path / "two")
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(tied_llama(), tmp_path / "two")), y, **CLOSE)
 
 
 def test_generation_keeps_the_heads_weight():
@@ -195,6 +227,8 @@ def test_what_cannot_be_tied():
         get_peft_model(tied_llama(), config("lm_head", exclude_modules=["embed_tokens"]))
     with pytest.warns(UserWarning, match="no tied modules were found"):
         get_peft_model(llama(), config("embed_tokens"))
+    model = get_peft_model(tied_llama(), HiraConfig(ensure_weight_tying=True, modules_to_save=["lm_head"]))
+    assert {layer.name.rpartition(".")[2] for layer in hira_layers(model)} == {"q_proj", "v_proj"}
     with pytest.warns(UserWarning, match="ensure_weight_tying is set, but none of model.embed_tokens, lm_head"):
         get_peft_model(tied_llama(), config("q_proj"))
     with pytest.raises(HiraError, match="ensure_weight_tying is not for mixed models"):
@@ -235,8 +269,9 @@ def test_each_layer_has_an_adapter_and_weights_are_shared(tmp_path):
     trained(model)
     y = logits(model)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.equal(logits(again), y)
+    for lean in (False, True):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=lean)
+        assert torch.equal(logits(again), y)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), y, **CLOSE)
     model.unmerge_adapter()
@@ -264,6 +299,10 @@ def test_adapters_of_a_model_have_the_same_replication():
         with pytest.raises(HiraError, match=r"layer_replication.*'default'"):
             model.add_adapter(name, replicated(**options))
     assert torch.equal(logits(model), y)
+    model.delete_adapter("default")
+    model.delete_adapter("other")
+    model.add_adapter("again", replicated())
+    assert len(model.base_model.model.model.layers) == 4
     plain = get_peft_model(llama(), replicated(layer_replication=None))
     with pytest.raises(HiraError, match="layer_replication"):
         plain.add_adapter("other", replicated())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import peft
@@ -130,6 +131,13 @@ def test_a_layer_that_hira_adapts_is_refused_by_name(targets):
         model.add_adapter("other", config(target_modules=["v_proj"]))
 
 
+def test_modules_by_default():
+    """PEFT chooses those of the architecture."""
+    model = get_peft_model(llama(tie_word_embeddings=True), config(target_modules=None, ensure_weight_tying=True))
+    y = logits(trained(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), y, **CLOSE)
+
+
 def test_an_untied_head_may_be_a_target():
     model = get_peft_model(llama(), config(target_modules=["lm_head"]))
     y = logits(trained(model))
@@ -145,6 +153,16 @@ def test_what_has_no_weighted_sum():
     model = get_peft_model(llama(), config())
     with pytest.raises(HiraError, match="trainable_token_indices"):
         model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
+
+
+def test_trls_reference_adapter_has_the_rows():
+    """TRL adds an adapter with the configuration of the one that trains, and copies names with ".default." in them."""
+    model = trained(get_peft_model(llama(tie_word_embeddings=True), config()))
+    y, trainer = logits(model), types.ModuleType("trl.trainer")
+    exec("def add_reference(model, config): model.add_adapter('ref', config)", vars(trainer))
+    trainer.add_reference(model, model.peft_config["default"])
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval()), y)
 
 
 def test_mixed_models_are_refused():

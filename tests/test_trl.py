@@ -1,36 +1,26 @@
-"""TRL's trainers take the adapter that they are given as the reference, not the base model."""
+"""The reference of TRL's trainers: the base model for a new adapter, and a trained adapter for itself."""
 
 from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl_models import llama, tokenizer
 
 trl = pytest.importorskip("trl")
 
 IDS = torch.tensor([[3, 4, 5, 6]])
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.hira_B."
 CASES = {
     "DPO": {"prompt": ["a b", "c"], "chosen": [" d", " e f"], "rejected": [" g", " h"]},
     "KTO": {"prompt": ["a b", "c"], "completion": [" d", " e f"], "label": [True, False]},
     "GRPO": {"prompt": ["a b", "c"]},
     "RLOO": {"prompt": ["a b", "c"]},
 }
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
 def trained(folder, **options) -> PeftModel:
@@ -40,15 +30,13 @@ def trained(folder, **options) -> PeftModel:
     return PeftModel.from_pretrained(llama(), folder, is_trainable=True)
 
 
-def trainer(kind: str, model: PeftModel, folder):
+def trainer(kind: str, model, folder, steps: int = 1, rate: float = 0.0, **more):
     cls, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     options = {"output_dir": folder, "report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    options |= {"max_steps": steps, "learning_rate": rate, "logging_steps": 1, "disable_tqdm": True}
     if kind in ("GRPO", "RLOO"):
-        options |= {"beta": 0.1, "num_generations": 2}
-        more = {"reward_funcs": lambda completions, **kwargs: [0.0] * len(completions)}
-    else:
-        options |= {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1}
-        more = {}
+        options |= {"beta": 0.1, "num_generations": 2, "max_completion_length": 4}
+        more["reward_funcs"] = lambda completions, **kwargs: [float(i % 2) for i in range(len(completions))]
     args = config(per_device_train_batch_size=2, **options)
     data = Dataset.from_dict(CASES[kind])
     return cls(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **more)
@@ -67,9 +55,12 @@ def outputs(model: PeftModel) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_the_reference_is_the_adapter(kind, tmp_path):
-    model = trainer(kind, trained(tmp_path), tmp_path / "out").model
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*((kind, {}) for kind in CASES), ("DPO", {"hira_alpha": 8}), ("DPO", {"modules_to_save": ["lm_head"]})],
+)
+def test_the_reference_is_the_adapter(kind, options, tmp_path):
+    model = trainer(kind, trained(tmp_path, **options), tmp_path / "out").model
     found = outputs(model)
     assert torch.equal(found["ref"], found["default"])
     assert not torch.allclose(found["ref"], found["base"], atol=1e-3)
@@ -79,6 +70,62 @@ def test_the_reference_is_the_adapter(kind, tmp_path):
             assert torch.equal(parameter, of_default)
             assert parameter.data_ptr() != of_default.data_ptr()
             assert not parameter.requires_grad
+
+
+def references(kind: str, monkeypatch) -> list[torch.Tensor]:
+    """The logits of IDS wherever the trainer has switched to its reference."""
+    module = sys.modules[getattr(trl, f"{kind}Trainer").__module__]
+    use_adapter, found = module.use_adapter, []
+
+    @contextmanager
+    def recording(model, adapter_name):
+        with use_adapter(model, adapter_name):
+            found.append(model(input_ids=IDS).logits.detach())
+            yield
+
+    monkeypatch.setattr(module, "use_adapter", recording)
+    return found
+
+
+@pytest.mark.parametrize("start", ["new", "trained"])
+@pytest.mark.parametrize("kind", CASES)
+def test_the_reference_stays_while_the_adapter_trains(kind, start, tmp_path, monkeypatch):
+    found = references(kind, monkeypatch)
+    if start == "new":
+        model, config = llama(), HiraConfig(r=4, hira_alpha=8, target_modules=["q_proj", "v_proj", "embed_tokens"])
+        more = {"peft_config": config}
+    else:
+        model, more = trained(tmp_path, hira_alpha=8), {}
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+    made = trainer(kind, model, tmp_path / "out", steps=3, rate=0.1, **more)
+    start_of = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    assert len(found) >= 3
+    assert all(torch.equal(logits, before) for logits in found)
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, start_of[name]) != name.endswith(".default"), name
+        assert parameter.requires_grad == name.endswith(".default")
+    with torch.no_grad():
+        assert not torch.allclose(made.model.eval()(input_ids=IDS).logits, before, atol=1e-2)
+
+
+def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path):
+    """The trainer saves the reference beside the adapter, in a folder of its own, and loads both over those it has."""
+    trained(tmp_path / "start", hira_alpha=8)
+
+    def run(folder, **resuming):
+        model = PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
+        made = trainer("DPO", model, folder, steps=4, rate=0.1)
+        made.args.save_steps = 2
+        made.train(**resuming)
+        return dict(made.model.named_parameters())
+
+    straight = run(tmp_path / "straight")
+    assert (tmp_path / "straight" / "checkpoint-2" / "ref" / "adapter_model.safetensors").is_file()
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert [name for name, value in straight.items() if not torch.equal(value, resumed[name])] == []
+    assert not torch.equal(straight[NAME + "default"], straight[NAME + "ref"])
 
 
 def test_the_loss_of_the_first_step_is_log_2(tmp_path):

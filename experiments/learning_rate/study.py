@@ -3,10 +3,11 @@
     python experiments/learning_rate/study.py run RESULTS.json --processes 2
     python experiments/learning_rate/study.py table RESULTS.json
 
-Three models that this script trains itself are adapted to another task by four methods with equal numbers of
-parameters, at the same rates: LoRA; HiRA; HiRA with `hira_alpha`; and HiRA with A's start times the same scale instead.
-All use Adam without weight decay, a cosine schedule and alpha = 2 r, on every linear layer and convolution. A run that
-is in RESULTS already is not repeated. `table` writes what docs/training.md shows.
+Three models that this script trains itself, and MiniLM, are adapted to another task by four methods with equal numbers
+of parameters, at the same rates: LoRA; HiRA; HiRA with `hira_alpha`; and HiRA with A's start times the same scale
+instead. All use Adam without weight decay, a cosine schedule and alpha = 2 r. The adapters are on every linear layer
+and convolution, in MiniLM on query, key and value; its new head trains too, at a rate of its own that is the same for
+all. A run that is in RESULTS already is not repeated. `table` writes what docs/training.md shows.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import argparse
 import ast
 import json
 import math
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,11 +37,15 @@ import hira
 from hira import HiraConfig
 from hira.layers.base import scale_of_alpha
 
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "docstrings"))
+
 METHODS = ("LoRA", "HiRA", "HiRA, hira_alpha", "HiRA, A's start")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RANKS = (4, 16)
 SEEDS = (0, 1, 2)
 PRETRAINING_STEPS, STEPS, BATCH, LENGTH = 1500, 120, 16, 64
+# of MiniLM, which takes more time
+MINILM_STEPS, TOKENS, HEAD, HEAD_RATE = 60, 16, "classifier", 0.1
 
 
 class Run(NamedTuple):
@@ -55,11 +62,16 @@ class Run(NamedTuple):
         """Its name in the results."""
         return f"{self.model} | {self.r} | {self.method} | {self.rate:g} | {self.seed}"
 
+    @property
+    def accuracy_key(self) -> str:
+        """The name of its accuracy in the results."""
+        return f"{self.key} | accuracy"
+
 
 class Task(NamedTuple):
-    """Data of two tasks, the one that a model is trained on first and the one that it is adapted to."""
+    """Data of two tasks, the one that a model is trained on first, if it is not yet, and the one it is adapted to."""
 
-    before: tuple[Tensor, Tensor]
+    before: tuple[Tensor, Tensor] | None
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
@@ -87,6 +99,7 @@ def windows(text: str) -> tuple[Tensor, Tensor]:
     return data[: rows * LENGTH].view(rows, LENGTH), data[1 : rows * LENGTH + 1].view(rows, LENGTH)
 
 
+@cache
 def language() -> Task:
     """From source code to the English of docstrings, of modules that come later in the alphabet for the test."""
     files = python_files()
@@ -97,6 +110,7 @@ def language() -> Task:
     return Task(windows(code), windows(texts[0]), (inputs[:400], targets[:400]))
 
 
+@cache
 def digits() -> Task:
     """From images of digits to the same digits lying on their side; a third of them is the test."""
     bunch = load_digits()
@@ -104,6 +118,22 @@ def digits() -> Task:
     labels = torch.tensor(bunch.target)
     turned, last = images.rot90(1, (2, 3)), len(images) // 3
     return Task((images[last:], labels[last:]), (turned[last:], labels[last:]), (turned[:last], labels[:last]))
+
+
+@cache
+def packages() -> Task:
+    """Which package is a docstring from? The task of examples/docstrings, on the first tokens of each text."""
+    from data import load_docstrings
+    from model import load_tokenizer
+
+    data, tokenizer = load_docstrings(), load_tokenizer()
+
+    def tensors(split: str, step: int) -> tuple[Tensor, Tensor]:
+        texts, labels = data[split]["text"][::step], data[split]["label"][::step]
+        options = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
+        return tokenizer(texts, **options)["input_ids"], torch.tensor(labels)
+
+    return Task(None, tensors("train", 1), tensors("test", 2))
 
 
 # Models
@@ -147,10 +177,26 @@ class Decoder(nn.Module):
         return logits
 
 
+class Classifier(nn.Module):
+    """MiniLM with a new head over the classes of `packages`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from model import load_base
+
+        self.bert = load_base(int(packages().train[1].max()) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, TOKENS), padded with zeros -> logits (batch, classes)."""
+        logits: Tensor = self.bert(input_ids=x, attention_mask=(x != 0).long()).logits
+        return logits
+
+
 MODELS = {
     "decoder of width 64": (lambda: Decoder(64), language, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
     "decoder of width 128": (lambda: Decoder(128), language, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
     "convolutional net": (ConvNet, digits, "first second third last"),
+    "MiniLM": (Classifier, packages, "query key value"),
 }
 
 
@@ -161,7 +207,10 @@ def fit(model: nn.Module, data: tuple[Tensor, Tensor], rate: float, steps: int, 
     """Train what has requires_grad."""
     inputs, targets = data
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in trained if HEAD in name]
+    rest = [p for name, p in trained if HEAD not in name]
+    optimizer = torch.optim.Adam([{"params": rest}, {"params": head, "lr": HEAD_RATE}], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     model.train()
     for _ in range(steps):
@@ -173,11 +222,12 @@ def fit(model: nn.Module, data: tuple[Tensor, Tensor], rate: float, steps: int, 
 
 
 @torch.no_grad()
-def loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """The mean cross entropy; infinity where training has left no number."""
+def measured(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The mean cross entropy, infinity where training has left no number, and the share of right answers."""
     model.eval()
-    value = float(nn.functional.cross_entropy(model(data[0]).flatten(0, -2), data[1].flatten()))
-    return value if math.isfinite(value) else math.inf
+    logits, targets = model(data[0]).flatten(0, -2), data[1].flatten()
+    loss = float(nn.functional.cross_entropy(logits, targets))
+    return loss if math.isfinite(loss) else math.inf, float((logits.argmax(-1) == targets).float().mean())
 
 
 def pretrain(name: str, folder: Path) -> None:
@@ -188,13 +238,14 @@ def pretrain(name: str, folder: Path) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         make, task, _ = MODELS[name]
-        model = make()
-        fit(model, task().before, 2e-3, PRETRAINING_STEPS, seed=0)
+        model, before = make(), task().before
+        if before is not None:
+            fit(model, before, 2e-3, PRETRAINING_STEPS, seed=0)
         torch.save(model.state_dict(), path)
 
 
-def adapt(run: Run, folder: Path) -> float:
-    """The loss on the test data after a run."""
+def adapt(run: Run, folder: Path) -> tuple[float, float]:
+    """The loss and the accuracy on the test data after a run."""
     torch.set_num_threads(1)
     make, task, targets = MODELS[run.model]
     data = task()
@@ -211,20 +262,27 @@ def adapt(run: Run, folder: Path) -> float:
         for layer in adapted.modules():
             if isinstance(layer, hira.HiraLayer):
                 layer.hira_A["default"].data *= scale_of_alpha(2 * run.r, run.r, layer.get_base_layer().weight)
-    fit(adapted, data.train, run.rate, STEPS, run.seed)
-    return loss(adapted, data.test)
+    for name, parameter in adapted.named_parameters():
+        if HEAD in name:
+            parameter.requires_grad_(True)
+    fit(adapted, data.train, run.rate, MINILM_STEPS if run.model == "MiniLM" else STEPS, run.seed)
+    return measured(adapted, data.test)
 
 
 def study(path: Path, folder: Path, processes: int) -> None:
     """Run what is not in a file of results yet, and write the file after each run."""
     results: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     runs = [Run(*each) for each in product(MODELS, RANKS, METHODS, RATES, SEEDS)]
+    runs = [run for run in runs if run.key not in results]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for future in [pool.submit(pretrain, model, folder) for model in MODELS]:
+        for future in [pool.submit(pretrain, model, folder) for model in dict.fromkeys(run.model for run in runs)]:
             future.result()
-        waiting = {pool.submit(adapt, run, folder): run for run in runs if run.key not in results}
+        waiting = {pool.submit(adapt, run, folder): run for run in runs}
         for count, future in enumerate(as_completed(waiting), 1):
-            results[waiting[future].key] = future.result()
+            run = waiting[future]
+            results[run.key], accuracy = future.result()
+            if run.model == "MiniLM":
+                results[run.accuracy_key] = accuracy
             path.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
             print(f"\r{count} of {len(waiting)} runs", end="", flush=True)
     print()
@@ -242,16 +300,19 @@ def table(path: Path) -> Iterator[str]:
     def losses(model: str, r: int, method: str, rate: float) -> list[float]:
         return [results[Run(model, r, method, rate, seed).key] for seed in SEEDS]
 
-    def shown(values: list[float]) -> str:
-        return f"{mean(values):.3f} ± {pstdev(values):.3f}"
+    def shown(model: str, r: int, method: str, rate: float) -> str:
+        values = losses(model, r, method, rate)
+        keys = [Run(model, r, method, rate, seed).accuracy_key for seed in SEEDS]
+        accuracy = f", {mean(results[key] for key in keys):.1%}".replace("%", " %") if keys[0] in results else ""
+        return f"{mean(values):.3f} ± {pstdev(values):.3f}{accuracy}"
 
     yield "| model | r | method | best rate | loss there | loss at LoRA's best rate |"
     yield "|---|---|---|---|---|---|"
     for model, r in complete:
         best = {method: min(RATES, key=lambda rate: mean(losses(model, r, method, rate))) for method in METHODS}
         for method, rate in best.items():
-            there, at_loras = losses(model, r, method, rate), losses(model, r, method, best["LoRA"])
-            yield f"| {model} | {r} | {method} | {rate:g} | {shown(there)} | {shown(at_loras)} |"
+            there, at_loras = (shown(model, r, method, each) for each in (rate, best["LoRA"]))
+            yield f"| {model} | {r} | {method} | {rate:g} | {there} | {at_loras} |"
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hira.layers.inference_cache import inference_cache
     from hira.layers.linear import Linear
     from hira.peft_integration.registration import is_registered, register, unregister
+    from hira.training.callback import HiraCallback
+    from hira.training.learning_rate import check_learning_rate
     from hira.tuner.model import HiraModel
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "Conv3d": "hira.layers.conv",
     "ConvNd": "hira.layers.conv",
     "Embedding": "hira.layers.embedding",
+    "HiraCallback": "hira.training.callback",
     "HiraConfig": "hira.config",
     "HiraLayer": "hira.layers.base",
     "HiraModel": "hira.tuner.model",
@@ -45,6 +48,7 @@ _HOMES = {
     "Linear8bitLt": "hira.layers.bitsandbytes",
     "MultiheadAttention": "hira.layers.attention",
     "ParamWrapper": "hira.layers.experts",
+    "check_learning_rate": "hira.training.learning_rate",
     "convert_adapter": "hira.files.convert.convert_adapter",
     "dispatch_bnb_4bit": "hira.layers.bitsandbytes",
     "dispatch_bnb_8bit": "hira.layers.bitsandbytes",
@@ -63,6 +67,7 @@ __all__ = [
     "Conv3d",
     "ConvNd",
     "Embedding",
+    "HiraCallback",
     "HiraConfig",
     "HiraError",
     "HiraLayer",
@@ -72,6 +77,7 @@ __all__ = [
     "Linear8bitLt",
     "MultiheadAttention",
     "ParamWrapper",
+    "check_learning_rate",
     "convert_adapter",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",

@@ -357,7 +357,7 @@ def test_a_flipped_bit_gives_an_error_or_what_the_file_says(models, tmp_path_fac
             A, B = tensor, load_file(root / "adapter" / WEIGHTS)[P + name[:-1] + "B"]
             (shard,) = [shard for shard in wanted.values() if f"{name[:-7]}.weight" in shard]
             W0 = shard[f"{name[:-7]}.weight"]
-            shard[f"{name[:-7]}.weight"] = form(W0, A, B, W0.dtype)
+            shard[f"{name[:-7]}.weight"] = form(W0, A, B, 0, W0.dtype)
         elif not name.endswith(".hira_B"):
             others[name] = tensor
     wanted[SECOND] |= others

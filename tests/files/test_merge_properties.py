@@ -81,7 +81,7 @@ def changed(tensors, factors, weights, dtype):
         wide = torch.promote_types(B.dtype, torch.float32)
         B = torch.cat([B.to(wide) * weight if weight != 1 else B for weight in weights], dim=1)
         A, B = (B.t(), A.t()) if is_embedding else (A, B)
-        result[f"{module}.weight"] = formed = form(W0.flatten(1), A, B, dtype or W0.dtype).reshape(W0.shape)
+        result[f"{module}.weight"] = formed = form(W0.flatten(1), A, B, 0, dtype or W0.dtype).reshape(W0.shape)
         exact = reference.modulated_weight(W0.flatten(1).double(), A.double(), B.double()).reshape(W0.shape)
         # a dither moves an entry by less than one spacing, and float32 forms it with some roundings more
         spacing = torch.finfo(formed.dtype).eps + 16 * torch.finfo(torch.float32).eps

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hira.cli import bench_command, file_commands
+from hira.cli import bench_command, file_commands, training_commands
+from hira.cli.messages import quiet_imports
 
 app = typer.Typer(
     name="hira",
@@ -41,17 +39,6 @@ def common(
     ] = False,
 ) -> None:
     """HiRA adapters for PEFT, at LoRA's price."""
-
-
-@contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Leave out what quantisation libraries log while PEFT imports them; errors are still shown."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @app.command(
@@ -83,7 +70,7 @@ def run(
 @app.command()
 def env() -> None:
     """Print the versions that matter here, and the paths the operators take on this machine."""
-    with _quiet_imports():
+    with quiet_imports():
         import torch
 
         import hira
@@ -111,6 +98,7 @@ app.command()(file_commands.merge)
 app.command()(file_commands.convert)
 app.command()(file_commands.inspect)
 app.command()(file_commands.verify)
+app.command(context_settings=training_commands.SETTINGS)(training_commands.finetune)
 
 
 def main() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hira.errors import HiraError
+from hira.cli.messages import errors_as_messages, print_line
 
 if TYPE_CHECKING:
     from hira.files.merge.merge_checkpoint import MergeReport
@@ -70,7 +68,7 @@ def merge(
     """
     # threads that wait for the next product leave their cores to those that hash and write; read as torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _errors_as_messages():
+    with errors_as_messages():
         from hira.files.merge.merge_checkpoint import merge_checkpoint, size_in_bytes
 
         if weight and len(weight) != len(adapters):
@@ -93,7 +91,7 @@ def merge(
                 progress=advance,
             )
         for line in _merge_lines(report):
-            _print_line(line)
+            print_line(line)
 
 
 def convert(
@@ -117,7 +115,7 @@ def convert(
 
     A LoRA cannot hold all of HiRA's update; the command prints how much each layer loses.
     """
-    with _errors_as_messages():
+    with errors_as_messages():
         from hira.files.convert.convert_adapter import contradiction, convert_adapter
 
         if (problem := contradiction(source, to, rank, base, fold)) is not None:
@@ -135,13 +133,13 @@ def convert(
             allow_pickle=allow_pickle,
         )
         for note in result.notes:
-            _print_line(f"note: {note}")
+            print_line(f"note: {note}")
         if result.lora is not None:
             errors = {layer.name: layer.relative_error for layer in result.lora.layers}
             Console().print(_error_table(result.lora.rank, errors, result.lora.relative_error))
-            _print_line(result.lora.statement)
+            print_line(result.lora.statement)
         method = "LoRA" if result.lora else "HiRA"
-        _print_line(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
+        print_line(f"{result.path}: {method} of rank {result.rank}, modules: {result.modules}")
 
 
 def inspect(
@@ -166,7 +164,7 @@ def inspect(
     for option, path in (("--plot", plot), ("--html", html)):
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"{path.parent} is not a folder", param_hint=option)
-    with _errors_as_messages():
+    with errors_as_messages():
         from hira.files.inspect import inspect_adapter as inspection
         from hira.files.inspect import report_page, report_table
 
@@ -183,7 +181,7 @@ def inspect(
             else:  # a row for each module, of any width
                 Console(width=10_000).print(report_table.table(report))
             for line in (*report_table.in_words(report), *(f"note: {note}" for note in report.notes)):
-                _print_line(line, width=console.width if console.is_terminal else None)
+                print_line(line, width=console.width if console.is_terminal else None)
         if plot is not None:
             report_table.plot(report, plot, Path(adapter).name)
         if html is not None:
@@ -192,35 +190,15 @@ def inspect(
 
 def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that hira wrote.")]) -> None:
     """Compare the files of a folder with the hashes in its manifest; status 1 if any differs."""
-    with _errors_as_messages():
+    with errors_as_messages():
         from hira.files.io import manifest
 
         problems = manifest.verify(folder)
         for problem in problems:
-            _print_line(problem, error=True)
+            print_line(problem, error=True)
         if not problems:
-            _print_line(f"{folder}: every file matches the manifest")
+            print_line(f"{folder}: every file matches the manifest")
     raise typer.Exit(1 if problems else 0)
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Print a HiraError as a message, and fail with status 1."""
-    try:
-        yield
-    except HiraError as error:
-        _print_line(f"hira: {error}", error=True)
-        raise typer.Exit(1) from error
-
-
-def _print_line(line: str, error: bool = False, width: int | None = None) -> None:
-    """Print a line, broken between words for a width, without the control characters of names from files."""
-    from hira.files.io.printable import printable
-
-    shown = printable(line)
-    if width is not None:
-        shown = textwrap.fill(shown, width, break_long_words=False, break_on_hyphens=False)
-    print(shown, file=sys.stderr if error else sys.stdout)
 
 
 @contextmanager

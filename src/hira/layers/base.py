@@ -19,6 +19,7 @@ from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
 from hira.distributed.detection import is_dtensor
+from hira.distributed.gathering import gathered
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
 from hira.layers.inference_cache import inference_cache
@@ -26,7 +27,8 @@ from hira.ops.linear import Dequantize
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
 
-# whether adapters are made for tensors that go into the layers as a file has them, with the scale of `hira_alpha` in B
+# whether adapters are made without the scale of `hira_alpha`: for tensors that go into the layers as a file has them,
+# with the scale in B, or on the meta device
 takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
 
 _NEEDS_WEIGHT = (
@@ -205,12 +207,14 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
         if alpha is None or takes_files_as_they_are.get():
             return 1, 1
-        try:
-            W0 = merging.read_original(self)
-        except HiraError as error:
-            raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
         ranks = [math.sqrt(rank) if config.use_rslora else rank for rank in (r, config.lora_r)]
-        return scale_of_alpha(alpha, ranks[0], W0), power_of_two(alpha / ranks[1]) if ranks[1] else 1
+        with gathered(self.get_base_layer()):
+            try:
+                W0 = merging.read_original(self)
+            except HiraError as error:
+                raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
+            alpha_scale = scale_of_alpha(alpha, ranks[0], W0)
+        return alpha_scale, power_of_two(alpha / ranks[1]) if ranks[1] else 1
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
@@ -309,6 +313,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
             return list(factors)
         return [turned.t() for A, B in zip(factors[::2], factors[1::2], strict=True) for turned in (B, A)]
 
+    def _get_available_adapters(self) -> set[str]:
+        """The layer's adapters; PEFT looks for their parameters, which another layer may hold."""
+        return set(self.r)
+
     def _present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.r]
 
@@ -376,6 +384,10 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         As, Bs = zip(*pairs, strict=True)
         dtype = reduce(torch.promote_types, (factor.dtype for factor in (*As, *Bs)))
         return torch.cat([A.to(dtype) for A in As]), torch.cat([B.to(dtype) for B in Bs], dim=1)
+
+    def weight_matrices(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+        """W0, joined A and B of some adapters as one, and the rank of LoRA in them, for each matrix that is adapted."""
+        return [self._matrices(merging.read_original(self).detach(), *self._factors(names))]
 
     def pairs(self, name: str, lora: bool = False) -> list[tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of an adapter with its scale, or L1 and L2: a pair for each adapted matrix."""

@@ -117,21 +117,27 @@ class ParamWrapper(HiraLayer):
         As, Bs = zip(*pairs, strict=True)
         return torch.cat(As), torch.stack(Bs, dim=2).flatten(1)
 
+    def _unstacked(self, W0: Tensor) -> list[Tensor]:
+        """The matrices (out, in) of the parameter as it is stored."""
+        matrices = W0.unbind(0) if self._is_stacked else (W0,)
+        return [matrix.t() if self._is_transposed else matrix for matrix in matrices]
+
+    def weight_matrices(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+        A, B, lora_r = self._factors(names)
+        matrices = self._unstacked(merging.read_original(self).detach())
+        return [(W0, A[e], B[e], lora_r) for e, W0 in enumerate(matrices)]
+
     def _lazy(self, W0: Tensor, A: Tensor, B: Tensor, lora_r: int, away: OffloadedTensor | None = None) -> LazyWeight:
         """W' of W0 as it is stored, or of what it is a placeholder for, for A (E, R, in) and B (E, out, R)."""
-        stacked = self._is_stacked
-        matrices = W0.unbind(0) if stacked else (W0,)
-        if self._is_transposed:
-            matrices = tuple(matrix.t() for matrix in matrices)
         experts = [
             Expert(*parts, lora_r, None if away is None else self._fetcher(away, e))
-            for e, parts in enumerate(zip(matrices, A.unbind(0), B.unbind(0), strict=True))
+            for e, parts in enumerate(zip(self._unstacked(W0), A.unbind(0), B.unbind(0), strict=True))
         ]
         return LazyWeight(
             experts,
             range(len(experts)),
             transposed=self._is_transposed,
-            stacked=stacked,
+            stacked=self._is_stacked,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
             training=self._is_in_training_step(),
         )

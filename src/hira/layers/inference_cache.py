@@ -25,15 +25,16 @@ class _Entry(NamedTuple):
 
 
 class _Scope(threading.local):
-    """What a thread keeps, by layer; None where it keeps nothing."""
+    """What a thread keeps, by layer and adapters; None where it keeps nothing."""
 
     entries: dict[Any, _Entry] | None = None
 
 
 class InferenceCache:
-    """Effective weights by layer, kept while no weight changes: in a call of the model's `generate`, or within `keep`.
+    """Effective weights, kept while no weight changes: in a call of the model's `generate`, or within `keep`.
 
-    They are the thread's own and end with the call, so that the next one sees every change, however it was made.
+    There is one for a layer and the adapters that act in it. They are the thread's own and end with the call, so that
+    the next one sees every change, however it was made.
     Layers on a CPU use them, with gradients off.
 
     Args:
@@ -104,9 +105,9 @@ class InferenceCache:
         self._nbytes -= sum(entry.weight.nbytes for entry in entries.values())
         entries.clear()
 
-    def get(self, layer: Any, sources: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor | None:
-        """The weight of a layer if it was formed from these sources, as they are now, with these scales, in dtype."""
-        entry = (self._scope.entries or {}).get(layer)
+    def get(self, key: Any, sources: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor | None:
+        """The weight of a key if it was formed from these sources, as they are now, with these scales, in dtype."""
+        entry = (self._scope.entries or {}).get(key)
         if entry is None or entry.weight.dtype != dtype or len(entry.sources) != len(sources):
             return None
         same = all(kept is source for kept, source in zip(entry.sources, sources, strict=True))
@@ -114,16 +115,16 @@ class InferenceCache:
 
     def put(
         self,
-        layer: Any,
+        key: Any,
         sources: Sequence[Tensor],
         scales: Sequence[float],
         dtype: torch.dtype,
         form: Callable[[], Tensor],
     ) -> Tensor | None:
-        """Form and keep the weight of a layer in place of one kept before; None if there is no room, or no scope.
+        """Form and keep the weight of a key in place of one kept before; None if there is no room, or no scope.
 
         Args:
-            layer: the layer.
+            key: the layer and the names of its adapters.
             sources: the tensors that it is formed from, the base weight first.
             scales: the numbers that it is formed with.
             dtype: its dtype.
@@ -134,7 +135,7 @@ class InferenceCache:
             return None
         size = sources[0].numel() * dtype.itemsize
         with self._lock:
-            replaced = entries.pop(layer, None)
+            replaced = entries.pop(key, None)
             self._nbytes -= 0 if replaced is None else replaced.weight.nbytes
             if self._nbytes + size > self.max_bytes:
                 return None
@@ -147,7 +148,7 @@ class InferenceCache:
                 self._nbytes -= size
             raise
         with self._lock:
-            entries[layer] = _Entry(weight, list(sources), states, scales)
+            entries[key] = _Entry(weight, list(sources), states, scales)
         return weight
 
 

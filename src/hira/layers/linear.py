@@ -134,10 +134,11 @@ class Linear(HiraLayer):
         if not _are_concrete(sources) or (x.dtype != dtype and not effective_weight.autocasts(x.device)):
             return None
         scales = [self._scale(name) for name in names]
-        weight = inference_cache.get(self, sources, scales, dtype)
+        key = (self, tuple(names))
+        weight = inference_cache.get(key, sources, scales, dtype)
         if weight is None and heuristics.keeps_weight(x):
             form = partial(effective_weight.form, W0, *self._factors(names), dtype)
-            weight = inference_cache.put(self, sources, scales, dtype, form)
+            weight = inference_cache.put(key, sources, scales, dtype, form)
         return weight
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -145,6 +146,8 @@ class Linear(HiraLayer):
         single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
         W0, dequantize = self.storage.saved_for_backward()
         one_product = not (args or kwargs or dequantize or self._dropped(single)) and self._is_plain()
+        if one_product and inference_cache.is_open:  # with W' of each adapter at hand, a product for each costs less
+            single = [name for name in single if self._cached_weight(x, [name]) is None]
         if len(single) < 2 or not one_product:
             return super()._mixed_parts(x, rows, *args, **kwargs)
         tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])

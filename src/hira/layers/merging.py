@@ -125,7 +125,7 @@ def unload(layer: HiraLayer, merge: bool, safe_merge: bool, adapter_names: list[
             check_merge(layer, names)
         original = layer.record.original if layer.record else layer.storage.snapshot()
         _write_merged(layer, _copies(layer, [*layer.merged_adapters, *names]), original)
-        _tie_merged(layer)
+    _tie_merged(layer)
     _forget_merge(layer)
     base: nn.Module = layer.get_base_layer()
     return base

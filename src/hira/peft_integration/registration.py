@@ -29,7 +29,6 @@ import peft.tuners.xlora.model
 import peft.utils.hotswap
 import peft.utils.save_and_load
 from huggingface_hub import ModelCard
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
@@ -45,6 +44,7 @@ from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
 from hira.peft_integration.hotswap import finding_layers, padding, swapping, swapping_in_transformers
 from hira.peft_integration.optimizers import lorafa, loraplus, riemannian_pairs
+from hira.peft_integration.trl_trainers import copying_reference_adapter, keeping_float32
 from hira.tuner import model as model_module
 from hira.tuner.mixed_model import HiraMixedModel
 from hira.tuner.model import HiraModel, check_new_name, hira_layers
@@ -151,7 +151,8 @@ def _replacements() -> Iterator[tuple[Any, str | PeftType, Any]]:
     yield hotswap, "_convert_scalings_to_tensor", finding_layers(hotswap._convert_scalings_to_tensor)
     yield hotswap, "_pad_lora_weights", padding(hotswap._pad_lora_weights)
 
-    yield peft.PeftModel, "add_adapter", _copying_reference_adapter(peft.PeftModel.add_adapter)
+    yield peft.PeftModel, "add_adapter", copying_reference_adapter(peft.PeftModel.add_adapter)
+    yield peft.PeftModel, "named_parameters", keeping_float32(peft.PeftModel.named_parameters)
     yield (
         peft.PeftModel,
         "create_or_update_model_card",
@@ -271,32 +272,6 @@ def _refusing(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
         return inject_adapter(self, model, adapter_name, *args, **kwargs)
 
     return wrapper
-
-
-def _copying_reference_adapter(add_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `PeftModel.add_adapter` copy A, B and trainable tokens into the reference adapter of TRL's trainers.
-
-    The trainers add it with the configuration of the adapter that trains, and then copy each parameter with ".default."
-    in its name. The names of HiRA's parameters end in ".default", as in PEFT.
-    """
-
-    @functools.wraps(add_adapter)
-    def wrapper(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        given = next((name for name, config in self.peft_config.items() if config is peft_config), None)
-        added = add_adapter(self, adapter_name, peft_config, *args, **kwargs)
-        if given is not None and _is_of_trl(sys._getframe(1).f_globals.get("__name__")):
-            for layer in hira_layers(self):
-                layer.copy_adapter(given, adapter_name)
-            for module in self.modules():
-                if isinstance(module, TrainableTokensLayer) and given in module.trainable_tokens_delta:
-                    module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[given].data)
-        return added
-
-    return wrapper
-
-
-def _is_of_trl(module: Any) -> bool:
-    return isinstance(module, str) and module.startswith("trl.")
 
 
 def _skipping_hira_layers(onload_layer: Callable[[nn.Module], AbstractContextManager[None]]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.layers.base import HiraLayer
-from hira.tuner.state_dicts import FACTORS, drop_tied, in_names_of, unwrapped
+from hira.tuner.state_dicts import drop_tied, in_names_of, nameless, unwrapped, with_name
 from hira.tuner.weighted_adapters import set_ranks
 
 # what changes the model and is in no tensor
@@ -166,13 +166,7 @@ def _settle_ranks(model: Any, config: Any, adapter_name: str) -> None:
 
 def _named(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by the names of the model's parameters."""
-    end = f".{adapter_name}"
-    in_file = {
-        key.removesuffix(end) if key.removesuffix(end).endswith(FACTORS) else key: value
-        for key, value in state_dict.items()
-    }
-    named = in_names_of(model, in_file)
-    return {f"{key}{end}" if key.endswith(FACTORS) else key: value for key, value in named.items()}
+    return with_name(in_names_of(model, nameless(state_dict, adapter_name)), adapter_name)
 
 
 def _check_configs(own: Any, config: Any) -> None:

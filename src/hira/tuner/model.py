@@ -29,7 +29,7 @@ from hira.layers.mixed_batch import BASE, adapters_of_rows
 from hira.tuner.adapter_names import check_name, check_saved_modules
 from hira.tuner.expert_targets import target_experts
 from hira.tuner.shared_weights import is_tied, replicate, tie, tie_adapter
-from hira.tuner.state_dicts import check_whole, fit_to_checkpoint, scaled_by_alpha, unwrapped, with_tied
+from hira.tuner.state_dicts import check_whole, from_file, to_file, unwrapped
 from hira.tuner.trainable_tokens import check_token_layers
 from hira.tuner.transaction import unchanged_on_error
 from hira.tuner.weighted_adapters import SignMethod, Svd, add_weighted_adapter
@@ -72,13 +72,12 @@ class HiraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_config(config)
         check_new_name(model, adapter_name, self.peft_config)
-        changed = [config, *(module.config for module in model.modules() if hasattr(module, "config"))]
-        with unchanged_on_error(model), _fields_back_on_error(*changed):
+        with unchanged_on_error(model), _fields_back_on_error(config, *_model_configs(model)):
             target_experts(model, config)
             check_targets(model, _target_parameters(config))
             offloaded.check_copies(model, config.modules_to_save or ())
-            targets = partial(self._check_target_module_exists, config)
-            check_token_layers(model, config, self._tied_modules(), targets)
+            if getattr(config, "trainable_token_indices", None) is not None:  # not in PEFT's config
+                check_token_layers(model, config, self._tied_modules(), partial(self._targets, config))
             with reporting_unmatched(model, config, kwargs.get("state_dict")):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             offloaded.check_blocks(model, HiraLayer, f"Adapter {adapter_name!r} cannot be added")
@@ -90,9 +89,13 @@ class HiraModel(BaseTuner):
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Tie what `ensure_weight_tying` ties; PEFT would look for modules named embed_tokens and lm_head alone."""
         if getattr(peft_config, "ensure_weight_tying", False):  # not in PEFT's config
-            tie(peft_config, self.model, self._tied_modules(), partial(self._check_target_module_exists, peft_config))
+            tie(peft_config, self.model, self._tied_modules(), partial(self._targets, peft_config))
         else:
             super()._check_tied_modules(model, peft_config)
+
+    def _targets(self, config: Any, name: str) -> bool:
+        """Whether a configuration names a module; what PEFT chooses where it names none are no embeddings."""
+        return config.target_modules is not None and bool(self._check_target_module_exists(config, name))
 
     def _tied_modules(self) -> list[str]:
         """The names of the modules that share the input embedding's weight."""
@@ -363,7 +366,7 @@ class HiraModel(BaseTuner):
                     for other in others:
                         found.pop(f"{path}.{other}", None)
         check_whole(found)
-        return with_tied(model, adapter_name, scaled_by_alpha(model, adapter_name, found, divide=False))
+        return to_file(model, adapter_name, found)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -378,8 +381,7 @@ class HiraModel(BaseTuner):
         for key in [f"{name}.{factor}" for name, factor in names]:
             if key in remapped:
                 remapped[f"{key}.{adapter_name}"] = remapped.pop(key)
-        fit_to_checkpoint(model, config, adapter_name, remapped)
-        remapped = scaled_by_alpha(model, adapter_name, remapped, divide=True)
+        remapped = from_file(model, config, adapter_name, remapped)
         offloaded.load_state_dict(remapped, model)
         return remapped
 
@@ -394,6 +396,12 @@ def _fields_back_on_error(*configs: Any) -> Iterator[None]:
             vars(config).clear()
             vars(config).update(fields)
         raise
+
+
+def _model_configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its parts, which say how many layers there are; those of dicts not."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [config for config in configs if hasattr(config, "__dict__")]
 
 
 def _target_parameters(config: Any) -> Collection[str]:

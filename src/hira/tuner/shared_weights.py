@@ -13,8 +13,10 @@ from torch import nn
 from hira.errors import HiraError
 from hira.layers.base import HiraLayer
 
+_MARK = "layer_replication"
 
-def tie(config: Any, model: Any, tied: list[str], targets: Callable[[str], Any]) -> None:
+
+def tie(config: Any, model: Any, tied: list[str], targets: Callable[[str], bool]) -> None:
     """Make a configuration with `ensure_weight_tying` adapt, or save, all modules with one weight if it does any.
 
     Args:
@@ -72,6 +74,8 @@ def tie_adapter(layer: HiraLayer, adapter_name: str, model: Any) -> None:
 def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
     """Stack layers of a model as `layer_replication` says, once: other adapters of the model have the same.
 
+    The new list of layers remembers the ranges, so that an adapter that comes when the first is gone stacks none again.
+
     Args:
         model: the base model, which is changed.
         config: the HiraConfig.
@@ -88,17 +92,30 @@ def replicate(model: Any, config: Any, others: dict[str, Any]) -> None:
                 f"layer_replication is {wanted}, but {_ranges(other)} for adapter {name!r}: adapters of one model must "
                 "have the same, since it changes the model's layers."
             )
-    if wanted is None or others:
+    if wanted is None or others or any(vars(module).get(_MARK) == wanted for module in model.modules()):
         return
-    before = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    before = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     last = max(end for _, end in wanted)
-    if not any(len(layers) >= last for layers in before):
-        sizes = sorted({len(layers) for layers in before})
+    if not any(len(layers) >= last for layers in before.values()):
+        sizes = sorted({len(layers) for layers in before.values()})
         raise HiraError(f"layer_replication has a range up to layer {last}, but the model's lists are of {sizes}.")
     try:
         replicate_layers(model, wanted)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, AttributeError) as error:
         raise HiraError(f"layer_replication {wanted} does not fit the model: {error}.") from error
+    order = [i for start, end in wanted for i in range(start, end)]
+    for name, old in before.items():
+        new = model.get_submodule(name)
+        if new is not old:
+            setattr(new, _MARK, wanted)
+            for i, layer in zip(order, new, strict=True):
+                _share_parameters(old[i], layer)
+
+
+def _share_parameters(source: nn.Module, copy: nn.Module) -> None:
+    """Give a copy of a module its parameters; PEFT registers them, which moves them to where accelerate says."""
+    for name, module in source.named_modules():
+        copy.get_submodule(name)._parameters.update(module._parameters)
 
 
 def _ranges(config: Any) -> list[tuple[int, int]] | None:

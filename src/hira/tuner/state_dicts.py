@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +20,8 @@ from hira.files.model.architecture import Architecture
 from hira.layers.base import HiraLayer
 from hira.layers.experts import ParamWrapper
 
+# whether PEFT asks the tuner for the tensors of an adapter's file, and hands it those that it loads; not in PEFT 0.20
+_TUNER_CONVERTS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 FACTORS = tuple(f".{factor}" for factor in HiraLayer.adapter_layer_names)
 
 
@@ -44,6 +47,8 @@ def saving(get_state_dict: Callable[..., dict[str, Tensor]]) -> Callable[..., di
         if state_dict is not None:
             state_dict = {_replaced(plain_name(key), names): value for key, value in state_dict.items()}
         found = get_state_dict(model, state_dict, adapter_name, *args, **kwargs)
+        if not _TUNER_CONVERTS:
+            found = nameless(to_file(model, adapter_name, with_name(found, adapter_name)), adapter_name)
         plain = {name: key for key, name in names.items()}
         return {_replaced(key, plain): value for key, value in found.items()}
 
@@ -64,9 +69,35 @@ def loading(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         state_dict = dict(peft_model_state_dict)
         if _is_hira(model, adapter_name):
             state_dict = in_names_of(model, state_dict)
+            if not _TUNER_CONVERTS:
+                config, named = model.peft_config[adapter_name], with_name(state_dict, adapter_name)
+                state_dict = nameless(from_file(model, config, adapter_name, named), adapter_name)
         return set_state_dict(model, state_dict, adapter_name, *args, **kwargs)
 
     return wrapper
+
+
+def to_file(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors as a checkpoint has them, with their names in the model, from those in the model."""
+    return with_tied(model, adapter_name, scaled_by_alpha(model, adapter_name, state_dict, divide=False))
+
+
+def from_file(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `to_file`, once the tensors fit the adapter, as `fit_to_checkpoint` makes sure."""
+    fit_to_checkpoint(model, config, adapter_name, state_dict)
+    return scaled_by_alpha(model, adapter_name, state_dict, divide=True)
+
+
+def with_name(state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of a file by their names in the model: with the adapter's name at the end of those of factors."""
+    return {f"{key}.{adapter_name}" if key.endswith(FACTORS) else key: value for key, value in state_dict.items()}
+
+
+def nameless(state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Tensors in the model by their names in a file, without the adapter's."""
+    end = f".{adapter_name}"
+    names = {key: key.removesuffix(end) for key in state_dict}
+    return {names[key] if names[key].endswith(FACTORS) else key: value for key, value in state_dict.items()}
 
 
 def _is_hira(model: Any, adapter_name: str) -> bool:
@@ -203,7 +234,7 @@ def with_tied(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
         if all(key in state_dict for key in keys):
             values = layer.oriented(adapter_name, [state_dict[key] for key in keys])
             for factor, value in zip(layer.names_of(adapter_name), values, strict=True):
-                found[f"{name}.{factor}.{adapter_name}"] = value
+                found[f"{name}.{factor}.{adapter_name}"] = value.clone(memory_format=torch.contiguous_format)
     return found
 
 

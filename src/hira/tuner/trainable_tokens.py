@@ -12,21 +12,19 @@ from hira.errors import HiraError
 from hira.layers.base import HiraLayer
 
 
-def check_token_layers(model: Any, config: Any, tied: list[str], targets: Callable[[str], Any]) -> None:
+def check_token_layers(model: Any, config: Any, tied: list[str], targets: Callable[[str], bool]) -> None:
     """Refuse rows of a layer that HiRA adapts, which would train both ways, and rows that a layer does not have.
 
     Args:
         model: the base model.
-        config: the HiraConfig.
+        config: the HiraConfig, with `trainable_token_indices`.
         tied: the names of the modules whose weight is the input embedding's.
         targets: says whether a configuration targets a module, by the module's name.
 
     Raises:
         HiraError: as the first line says; it names the layer.
     """
-    indices = getattr(config, "trainable_token_indices", None)  # not in PEFT's config
-    if indices is None:
-        return
+    indices = config.trainable_token_indices
     modules = list(model.named_modules(remove_duplicate=False))
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     names = [name for name, module in modules if module is embedding]

@@ -109,7 +109,7 @@ def set_ranks(config: Any, model: nn.Module, adapter_name: str) -> None:
     """Make `r` and `rank_pattern` of a configuration those that its adapter has in a model."""
     layers = [module for module in model.modules() if isinstance(module, HiraLayer)]
     ranks = {layer.name: layer.r[adapter_name] for layer in layers if layer._present([adapter_name])}
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.r = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.r
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
 
 

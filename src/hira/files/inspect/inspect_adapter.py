@@ -17,6 +17,7 @@ from hira.files.model.base_weights import BaseWeights
 from hira.files.model.layer_matrices import LayerMatrices, layer_matrices
 from hira.ops import heuristics
 from hira.ops.dither import Noise, noise_of, round_into
+from hira.ops.measures import effective_rank, product_singular_values
 
 WeightOf = Callable[[str], Tensor | None]
 
@@ -203,9 +204,9 @@ def inspect_layer(
     """Look at one layer; `LayerReport` has the equations.
 
     Everything is computed in float64, on W0's device, over blocks of rows, so that neither BA nor ``W0 * BA`` is ever
-    whole. The singular values of BA come from those of a matrix of r x r, ``R_B R_A^T`` with ``B = Q_B R_B`` and
-    ``A^T = Q_A R_A``. Those of W0 and of ``U = W0 * BA`` are the square roots of the eigenvalues of ``U^T U``, summed
-    over the blocks: exact but for an absolute error of about ``1e-8 s_1``, which is below what float32 leaves of them.
+    whole. `product_singular_values` finds the singular values of BA. Those of W0 and of ``U = W0 * BA`` are the square
+    roots of the eigenvalues of ``U^T U``, summed over the blocks: exact but for an absolute error of about
+    ``1e-8 s_1``, which is below what float32 leaves of them.
 
     Args:
         W0: the weight as it is stored, (out, in, *kernel), (num_embeddings, dim), or for a linear layer (in, out).
@@ -257,7 +258,7 @@ def inspect_layer(
         largest_delta=sums.largest,
         near_minus_one=sums.near,
         near_minus_one_share=sums.near / count if count else 0.0,
-        delta=_spectrum(_low_rank_values(pair), top),
+        delta=_spectrum(product_singular_values(pair.left, pair.right), top),
         **fields,
     )
 
@@ -315,13 +316,6 @@ class _Sums:
         return 1 - kept / self.update if self.update and math.isfinite(kept) else None
 
 
-def _low_rank_values(pair: LayerMatrices) -> Tensor:
-    """The singular values of left right, from those of a matrix no larger than r x r."""
-    left, right = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (pair.left, pair.right.t()))
-    values: Tensor = torch.linalg.svdvals(left @ right.t())
-    return values
-
-
 def _gram_values(gram: Tensor) -> Tensor:
     """The singular values of a matrix M from M^T M, in descending order."""
     squares: Tensor = torch.linalg.eigvalsh(gram)
@@ -332,10 +326,9 @@ def _spectrum(values: Tensor, top: int) -> Spectrum:
     largest = float(values[0]) if values.numel() else 0.0
     if largest == 0:
         return Spectrum(tuple(values[:top].tolist()), 0.0, 0.0)
-    shares = values / values.sum()
     return Spectrum(
         values=tuple(values[:top].tolist()),
-        effective_rank=math.exp(float(torch.special.entr(shares).sum())),
+        effective_rank=effective_rank(values),
         stable_rank=float((values / largest).square().sum()),
     )
 

@@ -1,0 +1,1 @@
+"""What surrounds an adapter while it is trained."""

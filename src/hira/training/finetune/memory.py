@@ -1,0 +1,105 @@
+"""About how much memory a run takes, from a model on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+_TRAINED = 16  # bytes for a trained parameter: itself, its gradient, and Adam's two averages, in float32
+# bytes for a weight of bitsandbytes: 4 bits and a float32 for 64 of them, or a byte for 64 if that is quantised too
+_4BIT, _4BIT_NESTED, _8BIT = 0.5 + 4 / 64, 0.5 + 1 / 64, 1.0
+
+
+class Memory(NamedTuple):
+    """Bytes in a process that holds the whole model, about.
+
+    Args:
+        weights: of the base model.
+        training: of what is trained, its gradients and the averages of Adam.
+        activations: of what a batch of full length keeps for backward, without the loss's; None where the model does
+            not run without values.
+        batch: sequences, and tokens in each.
+    """
+
+    weights: int
+    training: int
+    activations: int | None
+    batch: tuple[int, int]
+
+    @classmethod
+    def of(cls, base: Any, weights: int, trainable: int, training: Any) -> Memory:
+        """Estimate.
+
+        Args:
+            base: the base model on the meta device, adapted.
+            weights: the bytes of its weights.
+            trainable: the number of parameters that are trained.
+            training: TRL's SFTConfig.
+        """
+        longest = getattr(base.config.get_text_config(), "max_position_embeddings", 1024)
+        batch = training.per_device_train_batch_size, min(training.max_length or longest, longest)
+        return cls(weights, _TRAINED * trainable, _activations(base, batch, training), batch)
+
+    def lines(self) -> Iterator[str]:
+        """The bytes, for people."""
+        tokens = f"{self.batch[0]} x {self.batch[1]} tokens"
+        kept = f"not known for {tokens}" if self.activations is None else f"{_size(self.activations)} for {tokens}"
+        together = self.weights + self.training + (self.activations or 0)
+        yield f"memory, about: {_size(together)} in a process that holds the whole model"
+        yield f"  weights {_size(self.weights)}; adapter, gradients and Adam {_size(self.training)}; activations {kept}"
+
+
+def bytes_of(base: Any, model: Any) -> int:
+    """Bytes of the base model's weights, as TRL's ModelConfig has them loaded."""
+    given = base.config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    plain = (given or torch.float32).itemsize
+    quantised: dict[Tensor, float] = {}
+    if model.load_in_4bit or model.load_in_8bit:
+        each = _8BIT if model.load_in_8bit else _4BIT_NESTED if model.use_bnb_nested_quant else _4BIT
+        head = base.get_output_embeddings()
+        quantised = {m.weight: each for m in base.modules() if isinstance(m, nn.Linear) and m is not head}
+    return sum(round(parameter.numel() * quantised.get(parameter, plain)) for parameter in base.parameters())
+
+
+def _activations(base: Any, batch: tuple[int, int], training: Any) -> int | None:
+    """Bytes that the layers keep for backward; with checkpointing what is kept, and one layer's as it is recomputed."""
+    scale = 0.5 if training.bf16 or training.fp16 else 1.0
+    try:
+        kept = _kept(base, batch)
+        if training.gradient_checkpointing:
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.config.use_cache = False
+            between = _kept(base, batch)
+            kept = between + (kept - between) // base.config.get_text_config().num_hidden_layers
+    except (RuntimeError, AttributeError, TypeError):  # it asks a tensor for its values, or takes other inputs
+        return None
+    return round(scale * kept)
+
+
+def _kept(base: Any, batch: tuple[int, int]) -> int:
+    """Bytes of float32 that a forward of the model without its head saves for backward."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*base.parameters(), *base.buffers())}
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return tensor
+
+    count, length = batch
+    ids = torch.zeros(count, length, dtype=torch.long, device="meta")
+    mask = torch.ones(count, 1, length, length, dtype=torch.bool, device="meta")  # of four dimensions: taken as it is
+    base.train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(int(storage.nbytes()) for storage in storages.values())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
