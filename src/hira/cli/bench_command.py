@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
+
+from hira.cli.messages import errors_as_messages
+from hira.errors import HiraError
 
 
 def bench(
@@ -23,17 +25,13 @@ def bench(
         raise typer.BadParameter("pass --kernels; whole steps are timed by `python -m benchmarks.comparison`")
     import torch
 
-    if not torch.cuda.is_available():
-        _fail("PyTorch sees no CUDA device here, and the kernels serve CUDA alone")
-    if find_spec("triton") is None:
-        _fail("triton is not installed, so that there are no kernels to measure")
-    from hira.ops import kernel_bench
+    with errors_as_messages():
+        if not torch.cuda.is_available():
+            raise HiraError("PyTorch sees no CUDA device here, and the kernels serve CUDA alone")
+        if find_spec("triton") is None:
+            raise HiraError("triton is not installed, so that there are no kernels to measure")
+        from hira.ops import kernel_bench
 
-    report = kernel_bench.measure(torch.device("cuda", torch.cuda.current_device()), size, rank, tokens)
+        report = kernel_bench.measure(torch.device("cuda", torch.cuda.current_device()), size, rank, tokens)
     print(report)
     raise typer.Exit(1 if report.wrong else 0)
-
-
-def _fail(message: str) -> None:
-    print(f"hira: {message}", file=sys.stderr)
-    raise typer.Exit(1)
