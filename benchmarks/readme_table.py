@@ -9,14 +9,25 @@ from benchmarks.comparison.report import by_case, find, ratio
 
 ROOT = Path(__file__).parent.parent
 README, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.png"
-RESULTS = [ROOT / "benchmarks/results" / name for name in ("cpu.json", "four_bit.json")]
+RESULTS = {
+    "bfloat16": [ROOT / "benchmarks/results/cpu_bfloat16.json"],
+    "float32": [ROOT / "benchmarks/results" / name for name in ("cpu.json", "four_bit.json")],
+}
 BEGIN, END = "<!-- benchmarks/readme_table.py writes from here -->\n", "<!-- to here -->\n"
-COLUMNS = ("hira", "hira, int8 gradient", "PEFT's HiRA", "DoRA", "full fine-tuning")
+COLUMNS = ("hira", "hira, int8 gradient", "hira, weight kept", "PEFT's HiRA", "DoRA", "full fine-tuning")
 
 
-def rows() -> list[str]:
-    """The table in Markdown: LoRA's times and peaks of memory, the others' as multiples of these."""
-    records = [record for path in RESULTS for record in comparison.load(path)[0]]
+def tables() -> list[str]:
+    """A table for each dtype of base models, in Markdown."""
+    lines = []
+    for dtype, paths in RESULTS.items():
+        records = [record for path in paths for record in comparison.load(path)[0]]
+        lines += [f"**{dtype}** base models, float32 adapters:", "", *rows(records), ""]
+    return lines[:-1]
+
+
+def rows(records: list[comparison.Record]) -> list[str]:
+    """LoRA's times and peaks of memory, the others' as multiples of these."""
     lines = [f"| | LoRA | {' | '.join(f'{name} / LoRA' for name in COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for case, group in by_case(records).items():
         lora = find(group, "LoRA")
@@ -37,9 +48,9 @@ def with_table(readme: str) -> str:
     """The README with the table between its two marks."""
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
-    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
+    return before + BEGIN + "\n".join(tables()) + "\n" + END + after
 
 
 if __name__ == "__main__":
     README.write_text(with_table(README.read_text()))
-    comparison.plot(comparison.load(RESULTS[0])[0], PICTURE)
+    comparison.plot(comparison.load(RESULTS["float32"][0])[0], PICTURE)

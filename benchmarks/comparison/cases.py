@@ -8,7 +8,18 @@ from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
-from benchmarks.comparison.methods import DORA, FULL, HIRA, HIRA_INT8, LORA, METHODS, PEFT_HIRA, Method, start
+from benchmarks.comparison.methods import (
+    DORA,
+    FULL,
+    HIRA,
+    HIRA_INT8,
+    HIRA_KEPT,
+    LORA,
+    METHODS,
+    PEFT_HIRA,
+    Method,
+    start,
+)
 from torch import Tensor, nn
 
 from hira import inference_cache
@@ -50,6 +61,7 @@ class Case:
         call: runs a model on inputs, and returns its output or loss.
         mixed: how many adapters there are, one for each row of a batch; 0 for one adapter that serves all rows.
         repeats: how often each method is timed.
+        micro_batches: how many forward and backward passes there are in one step of the optimizer.
         per: what one timed call amounts to, in the units of the table: a decoding call gives several tokens.
         memory: whether the peak of memory is measured as well.
         reference_base: makes the bare model for the reference, whose targets get the effective weights; `base` by
@@ -66,6 +78,7 @@ class Case:
     call: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
     timed_call: Callable[[nn.Module, Tensor], Any] | None = None
     mixed: int = 0
+    micro_batches: int = 1
     repeats: int = 15
     per: int = 1
     memory: bool = False
@@ -86,6 +99,7 @@ def _all(options: Options) -> Iterator[Case]:
     for size, tokens in grid:
         yield _linear(size, tokens, options)
     yield _llama_step(options)
+    yield _llama_accumulating(options)
     if find_spec("bitsandbytes") is not None:
         yield _llama_4bit_step(options)
     yield _embedding(options)
@@ -185,6 +199,26 @@ def _llama_step(options: Options) -> Case:
         repeats=10 if options.quick or options.device == "cuda" else 3,
         memory=True,
         options=options,
+    )
+
+
+def _llama_accumulating(options: Options) -> Case:
+    """Eight micro-batches for one step of the optimizer, their activations recomputed."""
+    case = _llama_step(options)
+
+    def base() -> nn.Module:
+        model: Any = case.base()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return cast(nn.Module, model)
+
+    return replace(
+        case,
+        name=f"{case.name}, 8 times, recomputed",
+        base=base,
+        methods=(LORA, HIRA, HIRA_KEPT),
+        micro_batches=8,
+        repeats=2,
+        memory=False,
     )
 
 
@@ -297,5 +331,6 @@ def step(case: Case, model: nn.Module, inputs: Tensor) -> None:
         with torch.no_grad():
             (case.timed_call or case.call)(model, inputs)
     else:
-        y = case.call(model, inputs)
-        torch.autograd.backward(y, torch.ones_like(y))
+        for _ in range(case.micro_batches):
+            y = case.call(model, inputs)
+            torch.autograd.backward(y, torch.ones_like(y))

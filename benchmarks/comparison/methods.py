@@ -60,6 +60,10 @@ def _hira_int8(model: nn.Module, targets: list[str], r: int, adapter: str) -> nn
     return _peft(hira.HiraConfig(r=r, target_modules=targets, weight_gradient="int8"), model, adapter)
 
 
+def _hira_kept(model: nn.Module, targets: list[str], r: int, adapter: str) -> nn.Module:
+    return _peft(hira.HiraConfig(r=r, target_modules=targets, keep_weight=True), model, adapter)
+
+
 def _peft_hira(model: nn.Module, targets: list[str], r: int, adapter: str) -> nn.Module:
     hira.unregister()
     try:
@@ -128,10 +132,11 @@ def _own_weight(layer: nn.Module, adapter: str, leaves: Leaves) -> Tensor:
 LORA = Method("LoRA", _lora, _lora_weight)
 HIRA = Method("hira", _hira, _hira_weight)
 HIRA_INT8 = Method("hira, int8 gradient", _hira_int8, _hira_weight, gradient_error=0.06)
+HIRA_KEPT = Method("hira, weight kept", _hira_kept, _hira_weight)
 PEFT_HIRA = Method("PEFT's HiRA", _peft_hira, _hira_weight)
 DORA = Method("DoRA", _dora, _dora_weight)
 FULL = Method("full fine-tuning", _full, _own_weight)
-METHODS = (LORA, HIRA, HIRA_INT8, PEFT_HIRA, DORA, FULL)
+METHODS = (LORA, HIRA, HIRA_INT8, HIRA_KEPT, PEFT_HIRA, DORA, FULL)
 
 
 def start(model: nn.Module) -> None:
