@@ -213,7 +213,7 @@ def _llama_accumulating(options: Options) -> Case:
 
     return replace(
         case,
-        name=f"{case.name}, 8 times, recomputed",
+        name=f"{case.name.replace(', 2 x', ', 8 x 2 x')}, recomputed",
         base=base,
         methods=(LORA, HIRA, HIRA_KEPT),
         micro_batches=8,
