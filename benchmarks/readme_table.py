@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README, PICTURE = ROOT / "README.md", ROOT / "benchmarks/results/cpu.png"
 RESULTS = {
     "bfloat16": [ROOT / "benchmarks/results/cpu_bfloat16.json"],
-    "float32": [ROOT / "benchmarks/results" / name for name in ("cpu.json", "four_bit.json")],
+    "float32": [ROOT / "benchmarks/results/cpu.json"],
 }
 BEGIN, END = "<!-- benchmarks/readme_table.py writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = ("hira", "hira, int8 gradient", "hira, weight kept", "PEFT's HiRA", "DoRA", "full fine-tuning")
