@@ -74,5 +74,6 @@ def _train(trainer: Any, arguments: Arguments, data: dataset.Data, checkpoint: s
         print(f"{output}: adapter, {CARD}, {results.CURVE}; {steps}")
     if arguments.training.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # a process that ends while others write would take the group from them
     if hasattr(trainer, "end"):  # transformers 5.18 and later: the trackers' end, and that of the process group
         trainer.end()
