@@ -134,10 +134,15 @@ def test_layers_of_older_pickles(tmp_path):
     y = model(IDS)
     layer = model.base_model.model.first
     state = vars(layer).copy()
-    for name in ("alpha_scale", "record", "equal_on_all_processes"):
+    for name in (
+        *("alpha_scale", "record", "equal_on_all_processes", "tied_to"),
+        *("lora_r", "lora_scale", "keep_weight"),
+    ):
         del vars(layer)[name]
+    layer._modules = {name: module for name, module in layer._modules.items() if "lora" not in name}
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(IDS), y)
+    again.add_adapter("second", HiraConfig(r=2, lora_r=2, target_modules=["first"]))
     again.merge_adapter()
     torch.testing.assert_close(again(IDS), y, rtol=1e-5, atol=1e-6)
     vars(layer)["merged_adapters"] = ["default"]  # how W0 was kept has changed since

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from functools import partial, reduce
 from numbers import Real
 from typing import Any, ClassVar
@@ -18,24 +17,13 @@ from hira import ops
 from hira.base_weights import offloaded
 from hira.base_weights.dense import Storage
 from hira.config.hira_config import InitWeights, check_init_weights, check_rank
-from hira.distributed.detection import is_dtensor
-from hira.distributed.gathering import gathered
 from hira.errors import HiraError
 from hira.layers import base_layer_call, merging, mixed_batch, weight_access
+from hira.layers.alpha_scale import alpha_scales
 from hira.layers.inference_cache import inference_cache
 from hira.ops.linear import Dequantize
 from hira.ops.workspace import formation_dtype
 from hira.version import __version__
-
-# whether adapters are made without the scale of `hira_alpha`: for tensors that go into the layers as a file has them,
-# with the scale in B, or on the meta device
-takes_files_as_they_are: ContextVar[bool] = ContextVar("takes_files_as_they_are", default=False)
-
-_NEEDS_WEIGHT = (
-    "hira_alpha scales each layer's adapter by the size of its weight, which cannot be read here. Load the base "
-    "model's weights, and have them quantised, before it is adapted, and adapt it before it is sharded; or leave "
-    "hira_alpha out."
-)
 
 
 class HiraLayer(nn.Module, BaseTunerLayer):
@@ -180,7 +168,7 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         check_rank(r, "r")
         check_init_weights(config.init_weights)
         self.storage.check_here()
-        alpha_scale, lora_scale = self._alpha_scales_of(config, r)
+        alpha_scale, lora_scale = alpha_scales(self, config, r)
         lora_r = getattr(config, "lora_r", 0)  # not in PEFT's config
         factors = self._new_factors(r, config.init_weights)
         lora_factors = self._new_factors(lora_r, config.init_weights) if lora_r else ()
@@ -201,20 +189,6 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         self.equal_on_all_processes.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
-
-    def _alpha_scales_of(self, config: Any, r: int) -> tuple[float, float]:
-        """What the `hira_alpha` of a configuration multiplies B, and L2, by in this layer; 1 without one."""
-        alpha = getattr(config, "hira_alpha", None)  # not in PEFT's config
-        if alpha is None or takes_files_as_they_are.get():
-            return 1, 1
-        ranks = [math.sqrt(rank) if config.use_rslora else rank for rank in (r, config.lora_r)]
-        with gathered(self.get_base_layer()):
-            try:
-                W0 = merging.read_original(self)
-            except HiraError as error:
-                raise HiraError(f"{_NEEDS_WEIGHT} {error}") from error
-            alpha_scale = scale_of_alpha(alpha, ranks[0], W0)
-        return alpha_scale, power_of_two(alpha / ranks[1]) if ranks[1] else 1
 
     def reset_hira_parameters(self, adapter_name: str, init_weights: InitWeights) -> None:
         """Start an adapter again, in place, as `init_weights` says (False leaves it as it is)."""
@@ -355,8 +329,13 @@ class HiraLayer(nn.Module, BaseTunerLayer):
 
     def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter, B times its scale: of a merged adapter, the scale that it was merged with."""
-        A, B = self.oriented(name, [self._factor(factors, name) for factors in self._holder(name)._factor_dicts])
-        return A, _times(B, self._scale(name))
+        holder = self.tied_to.get(name, self)
+        As, Bs = holder._factor_dicts
+        A, B = self._factor(As, name), self._factor(Bs, name)
+        if holder is not self:
+            A, B = self.oriented(name, (A, B))
+        scale = self._scale(name)
+        return (A, B) if scale == 1 else (A, _times(B, scale))
 
     def _scaled_lora(self, name: str) -> tuple[Tensor, Tensor]:
         """L1 and L2 of an adapter, L2 times its scale."""
@@ -641,6 +620,9 @@ class HiraLayer(nn.Module, BaseTunerLayer):
                 "Unpickle and unmerge it there; then pickle it again, or save its adapter with save_pretrained."
             )
         super().__setstate__({**_absent_from_older_pickles(state["r"]), **state})  # type: ignore[no-untyped-call]
+        for name in self.lora_names:
+            if name not in self._modules:
+                self.add_module(name, nn.ParameterDict())
 
     def __repr__(self) -> str:
         return "hira." + super().__repr__()
@@ -650,33 +632,15 @@ class HiraLayer(nn.Module, BaseTunerLayer):
         return f"hira {__version__}"
 
 
-def scale_of_alpha(alpha: float, r: float, W0: Tensor) -> float:
-    """The power of two that is nearest to ``alpha / (r rms(W0))``, with the square root of the rank for r if so set.
-
-    A step of Adam at some rate changes W' by that times as much as if B had no scale: as much as it changes the weight
-    of a LoRA of this alpha and rank, alpha / r times its BA.
-
-    Raises:
-        HiraError: W0 has no values here: it is on the meta device, or in other processes.
-    """
-    if W0.is_meta or W0.numel() == 0 or is_dtensor(W0):
-        raise HiraError(_NEEDS_WEIGHT)
-    rms = float(torch.linalg.vector_norm(W0.detach(), dtype=formation_dtype(W0.dtype))) / math.sqrt(W0.numel())
-    return power_of_two(alpha / (r * rms)) if 0 < rms < math.inf else 1
-
-
-def power_of_two(value: float) -> float:
-    """The power of two that is nearest to a positive number, by its logarithm; an integer where it is one."""
-    exponent = round(math.log2(value))
-    return 2**exponent if exponent >= 0 else 2.0**exponent
-
-
 def _absent_from_older_pickles(names: Iterable[str]) -> dict[str, Any]:
     """Attributes that layers did not always have."""
     return {
         "name": "",
         "scaling": dict.fromkeys(names, 1),
         "alpha_scale": dict.fromkeys(names, 1),
+        "lora_r": dict.fromkeys(names, 0),
+        "lora_scale": dict.fromkeys(names, 1),
+        "keep_weight": set(),
         "tied_to": {},
         "merged_scaling": {},
         "record": None,
@@ -691,8 +655,8 @@ def acts(dropout: nn.Module) -> bool:
 
 
 def _times(B: Tensor, scale: float) -> Tensor:
-    """B times a scale, in float32 at least, or B itself for 1."""
-    return B if scale == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * scale
+    """B times a scale, in float32 at least."""
+    return B.to(torch.promote_types(B.dtype, torch.float32)) * scale
 
 
 def _check_scale(scale: Any, nonzero: bool = False) -> None:

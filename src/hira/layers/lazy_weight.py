@@ -38,7 +38,8 @@ class LazyWeight(Tensor):
 
     Indexing and transposing give another of the kind, and products with it, those of `F.linear`, `matmul`, `bmm` and
     grouped ones, go expert by expert through `ops.linear`: an expert without a token costs nothing, and nothing
-    weight-sized is kept for backward. Anything else forms W' of the experts it is about, tracked by autograd.
+    weight-sized is kept for backward. On an accelerator a grouped one is one product of all experts, by
+    `ops.grouped.grouped_linear`. Anything else forms W' of the experts it is about, tracked by autograd.
 
     Args:
         experts: the experts there are.

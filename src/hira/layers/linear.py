@@ -22,6 +22,9 @@ from hira.ops import effective_weight, heuristics
 from hira.ops.linear import Dequantize
 from hira.ops.workspace import is_concrete
 
+# a weight as a storage gives it for backward, and what turns it into W0
+Stored = tuple[Tensor, Dequantize | None]
+
 
 class Linear(HiraLayer):
     """HiRA on `nn.Linear`, or on a transformers `Conv1D` or another layer that stores its weight as (in, out).
@@ -97,49 +100,51 @@ class Linear(HiraLayer):
             dequantize=dequantize,
             weight_gradient="int8" if set(self.weight_gradient.values()) == {"int8"} else "exact",
             formed=formed,
-            training=self._is_in_training_step(),
+            training=not torch.is_grad_enabled() and self._is_in_training_step(),
         )
         return y if dtype is None else y.to(x.dtype)
 
     def _kept_weight(
-        self,
-        x: Tensor,
-        names: Sequence[str],
-        stored: tuple[Tensor, Dequantize | None],
-        factors: tuple[Tensor, Tensor, int],
+        self, x: Tensor, names: Sequence[str], stored: Stored, factors: tuple[Tensor, Tensor, int]
     ) -> Tensor | None:
         """W' for a product with x, kept while A, B and W0 are what they are; None where none is kept."""
-        storage, (W0, dequantize) = self.storage, stored
-        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(storage.layer):
+        found = self._sources(x, names, stored)
+        if found is None:
             return None
-        sources = [storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
-        dtype = effective_weight.product_dtype(x, W0.dtype if dequantize is None else x.dtype)
-        if not _are_concrete(sources) or (x.dtype != dtype and not effective_weight.autocasts(x.device)):
-            return None
-        form = partial(_formed, W0, dequantize, factors, dtype)
+        sources, dtype = found
+        form = partial(_formed, stored, factors, dtype)
         return kept_weight.get(self, sources, [self._scale(name) for name in names], dtype, form)
 
     def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
-        if torch.compiler.is_compiling() or not inference_cache.keeps:
+        if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled():
             return None
-        storage = self.storage
-        if torch.is_grad_enabled() or heuristics.plain() or sharded_by(storage.layer):
+        stored = self.storage.saved_for_backward()
+        found = self._sources(x, names, stored) if stored[1] is None else None
+        if found is None:
             return None
-        W0, dequantize = storage.saved_for_backward()
-        if dequantize is not None:
-            return None
-        sources = [storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
-        dtype = effective_weight.product_dtype(x, sources[0].dtype)
-        if not _are_concrete(sources) or (x.dtype != dtype and not effective_weight.autocasts(x.device)):
-            return None
-        scales = [self._scale(name) for name in names]
-        key = (self, tuple(names))
+        sources, dtype = found
+        key, scales = (self, tuple(names)), [self._scale(name) for name in names]
         weight = inference_cache.get(key, sources, scales, dtype)
         if weight is None and heuristics.keeps_weight(x):
-            form = partial(effective_weight.form, W0, *self._factors(names), dtype)
+            form = partial(_formed, stored, self._factors(names), dtype)
             weight = inference_cache.put(key, sources, scales, dtype, form)
         return weight
+
+    def _sources(self, x: Tensor, names: Sequence[str], stored: Stored) -> tuple[list[Tensor], torch.dtype] | None:
+        """What W' of some adapters is formed from, the base weight first, and the dtype of a product of x with it.
+
+        None where W' cannot be kept: code is traced, the weight is spread over processes, or a tensor has no numbers
+        here or no version that tells when they change.
+        """
+        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
+            return None
+        W0, dequantize = stored
+        sources = [self.storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
+        if any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources):
+            return None
+        dtype = effective_weight.product_dtype(x, W0.dtype if dequantize is None else x.dtype)
+        return (sources, dtype) if x.dtype == dtype or effective_weight.autocasts(x.device) else None
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
@@ -165,12 +170,6 @@ class Linear(HiraLayer):
         return W0.t() if self.fan_in_fan_out else W0
 
 
-def _formed(
-    W0: Tensor, dequantize: Dequantize | None, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype
-) -> Tensor:
+def _formed(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
+    W0, dequantize = stored
     return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype)
-
-
-def _are_concrete(sources: Sequence[Tensor]) -> bool:
-    """Whether tensors have numbers here, and versions that tell when these change."""
-    return not any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources)

@@ -39,7 +39,8 @@ from hira.config import hira_config as config_module
 from hira.config.hira_config import HiraConfig
 from hira.files.io.recognise import PEFT_TYPES
 from hira.layers import bitsandbytes, dispatch
-from hira.layers.base import HiraLayer, takes_files_as_they_are
+from hira.layers.alpha_scale import takes_files_as_they_are
+from hira.layers.base import HiraLayer
 from hira.layers.embedding import Embedding
 from hira.layers.inference_cache import inference_cache
 from hira.peft_integration.hotswap import finding_layers, padding, swapping, swapping_in_transformers

@@ -17,6 +17,7 @@ from hira.distributed.detection import is_dtensor
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import PREFIX, plain_name, stacked
 from hira.files.model.architecture import Architecture
+from hira.layers.alpha_scale import alpha_scales
 from hira.layers.base import HiraLayer
 from hira.layers.experts import ParamWrapper
 
@@ -290,7 +291,7 @@ def fit_to_checkpoint(model: nn.Module, config: Any, adapter_name: str, state_di
         )
     for layer in resized:
         layer.resize_adapter(adapter_name, config.r)
-        layer.alpha_scale[adapter_name], _ = layer._alpha_scales_of(config_of_module(config, layer.name), config.r)
+        layer.alpha_scale[adapter_name], _ = alpha_scales(layer, config_of_module(config, layer.name), config.r)
 
 
 def _drop_absent_experts(model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

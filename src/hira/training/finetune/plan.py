@@ -10,7 +10,8 @@ import torch
 from peft import get_peft_model
 
 from hira.errors import HiraError
-from hira.layers.base import HiraLayer, takes_files_as_they_are
+from hira.layers.alpha_scale import takes_files_as_they_are
+from hira.layers.base import HiraLayer
 from hira.training.finetune.arguments import Arguments
 from hira.training.finetune.base_model import auto_class, base_config
 from hira.training.finetune.memory import Memory, bytes_of
