@@ -6,11 +6,8 @@ As with LoRA but for one line, `peft_config`. The reference is the model without
 Without --model the model is small and has random weights.
 """
 
-import argparse
-
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 import stand_ins
@@ -19,16 +16,8 @@ from hira import HiraConfig
 
 def main(arguments: list[str] | None = None) -> DPOTrainer:
     """Train, and save the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--output", default="hira-dpo")
-    options = parser.parse_args(arguments)
-    if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    else:
-        model, tokenizer = LlamaForCausalLM(stand_ins.config()), stand_ins.tokenizer()
+    options = stand_ins.options(__doc__, arguments, "hira-dpo")
+    model, tokenizer = stand_ins.language_model(options.model)
     preferences = [{"prompt": line, "chosen": text, "rejected": text.upper()} for line, text in stand_ins.functions()]
 
     trainer = DPOTrainer(

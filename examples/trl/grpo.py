@@ -5,11 +5,8 @@
 As with LoRA but for one line, `peft_config`. Without --model the model is small and has random weights.
 """
 
-import argparse
-
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import stand_ins
@@ -23,16 +20,8 @@ def letters(completions: list[str], **columns: object) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> GRPOTrainer:
     """Train, and save the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--output", default="hira-grpo")
-    options = parser.parse_args(arguments)
-    if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    else:
-        model, tokenizer = LlamaForCausalLM(stand_ins.config()), stand_ins.tokenizer()
+    options = stand_ins.options(__doc__, arguments, "hira-grpo", steps=30)
+    model, tokenizer = stand_ins.language_model(options.model)
 
     trainer = GRPOTrainer(
         model=model,

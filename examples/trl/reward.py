@@ -6,8 +6,6 @@ As with LoRA but for one line, `peft_config`. The head is new, so it is trained 
 model is small and has random weights.
 """
 
-import argparse
-
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
@@ -19,11 +17,7 @@ from hira import HiraConfig
 
 def main(arguments: list[str] | None = None) -> RewardTrainer:
     """Train, and save the adapter with the head."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--output", default="hira-reward")
-    options = parser.parse_args(arguments)
+    options = stand_ins.options(__doc__, arguments, "hira-reward")
     if options.model:
         model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1)
         tokenizer = AutoTokenizer.from_pretrained(options.model)

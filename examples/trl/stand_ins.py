@@ -1,14 +1,32 @@
-"""What a real run takes from the hub, made here: a small Llama with random weights, its tokenizer, and texts."""
+"""What the scripts share: options, and what a real run takes from the hub, a model, its tokenizer and texts."""
 
+import argparse
 import ast
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODULES = ("argparse", "bisect", "calendar", "fractions", "random", "shutil", "statistics", "textwrap")
+
+
+def options(description: str, arguments: list[str] | None, output: str, steps: int = 40) -> argparse.Namespace:
+    """The options of a script: a model, how many steps to train, and where to."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--output", default=output)
+    return parser.parse_args(arguments)
+
+
+def language_model(name: str | None) -> tuple[Any, Any]:
+    """A language model and its tokenizer, from the hub or a folder; without a name those that are made here."""
+    if name:
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    return LlamaForCausalLM(config()), tokenizer()
 
 
 def config() -> LlamaConfig:
