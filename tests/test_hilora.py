@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_kind import IDS, LAYERS, PARAMETERS, TARGETS, Net
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from small_models import llama
@@ -29,38 +30,10 @@ from hira.ops import reference
 from hira.tuner.model import hira_layers
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-IDS = torch.arange(10).view(2, 5)
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([nn.functional.linear(x, self.up[i]) for i in range(3)]).sum(0)
-
-
-class Net(nn.Module):
-    """A layer of each kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.first, self.second, self.experts = nn.Linear(8, 12), Conv1D(8, 12), Experts()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.convolution, self.norm = nn.Conv1d(8, 6, 3, groups=2), nn.LayerNorm(8)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.experts(torch.tanh(self.second(torch.tanh(self.first(self.norm(self.embedding(ids)))))))
-        return self.convolution(self.attention(x, x, x)[0].transpose(1, 2))
-
-
-TARGETS = ["embedding", "first", "second", "attention", "convolution"]
 
 
 def config(r: int = 2, lora_r: int = 3, **options: Any) -> HiraConfig:
-    defaults = {"target_modules": TARGETS, "target_parameters": ["experts.up"], "init_weights": False}
+    defaults = {"target_modules": TARGETS, "target_parameters": PARAMETERS, "init_weights": False}
     return HiraConfig(r=r, lora_r=lora_r, **{**defaults, **options})
 
 
@@ -101,7 +74,7 @@ def weights(model: Any) -> dict[str, Tensor]:
             added = added + (delta(layer, *lora) if lora else 0)
         key = key.removeprefix("base_model.model.").replace(".base_layer", "")
         found[f"{key}.{name}"] = W0 * modulation + added
-    assert len(found) == 7
+    assert len(found) == LAYERS
     return found
 
 
@@ -163,7 +136,7 @@ def adapted_again(model: Any) -> Any:
 def test_without_lora_it_is_hira_bit_for_bit(tmp_path):
     plain, none = (
         adapted(config(lora_r=0)),
-        adapted(HiraConfig(r=2, target_modules=TARGETS, init_weights=False, target_parameters=["experts.up"])),
+        adapted(HiraConfig(r=2, target_modules=TARGETS, init_weights=False, target_parameters=PARAMETERS)),
     )
     assert torch.equal(plain(IDS), none(IDS))
     plain.save_pretrained(tmp_path / "a"), none.save_pretrained(tmp_path / "b")
@@ -186,7 +159,7 @@ def test_it_starts_as_the_base_model_and_all_of_it_trains():
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != ("hira_" in name), name
-    assert sum("hira_lora_" in name for name in before) == 2 * 7
+    assert sum("hira_lora_" in name for name in before) == 2 * LAYERS
 
 
 def test_dropout_drops_the_input_of_the_whole_update():
@@ -228,7 +201,7 @@ def test_folders_hold_it(tmp_path, merged):
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["r"], saved["lora_r"]) == ("HILORA", 2, 3)
     keys = load_file(folder / "adapter_model.safetensors")
-    assert sum(key.endswith((".hira_lora_A", ".hira_lora_B")) for key in keys) == 2 * 7
+    assert sum(key.endswith((".hira_lora_A", ".hira_lora_B")) for key in keys) == 2 * LAYERS
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(Net().double(), folder, autocast_adapter_dtype=False).eval()
     again.base_model.model.load_state_dict(wrapped(model, again), strict=False)

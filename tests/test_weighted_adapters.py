@@ -8,38 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from every_kind import IDS, LAYERS, PARAMETERS, TARGETS, Net
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hira import HiraConfig, HiraError
 from hira.tuner.model import hira_layers
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([nn.functional.linear(x, self.up[i]) for i in range(3)]).sum(0)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.first, self.second, self.experts = nn.Linear(8, 12), Conv1D(8, 12), Experts()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.convolution, self.norm = nn.Conv1d(8, 6, 3), nn.LayerNorm(8)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.experts(torch.tanh(self.second(torch.tanh(self.first(self.norm(self.embedding(ids)))))))
-        return self.convolution(self.attention(x, x, x)[0].transpose(1, 2))
-
-
-IDS = torch.arange(10).view(2, 5)
-TARGETS = ["embedding", "first", "second", "attention", "convolution"]
 
 
 def config(r: int, targets: Any = TARGETS, **options: Any) -> HiraConfig:
@@ -49,8 +23,8 @@ def config(r: int, targets: Any = TARGETS, **options: Any) -> HiraConfig:
 def adapted(**options: Any) -> Any:
     """The second adapter has a LoRA beside HiRA."""
     torch.manual_seed(0)
-    model = get_peft_model(Net(), config(2, target_parameters=["experts.up"], **options), adapter_name="one")
-    model.add_adapter("two", config(3, target_parameters=["experts.up"], lora_r=2))
+    model = get_peft_model(Net(), config(2, target_parameters=PARAMETERS, **options), adapter_name="one")
+    model.add_adapter("two", config(3, target_parameters=PARAMETERS, lora_r=2))
     return model.double().eval()
 
 
@@ -75,7 +49,7 @@ def test_the_sum_is_exact(kind):
     model = adapted()
     model.add_weighted_adapter(["one", "two"], [0.75, -2.0], "sum", kind)
     a, b = updates(model, "one"), updates(model, "two")
-    assert len(a) == 7
+    assert len(a) == LAYERS
     assert_updates(model, "sum", {key: 0.75 * a[key] - 2 * b[key] for key in a}, rtol=1e-9, atol=1e-9)
     assert model.peft_config["sum"].r == 5
     assert model.active_adapters == ["one"]
@@ -231,7 +205,7 @@ def test_patterns_of_modules_are_joined():
 )
 def test_what_is_refused_changes_nothing(arguments, mentioned):
     model = adapted()
-    model.add_adapter("saving", config(2, ["first"], target_parameters=["experts.up"], modules_to_save=["norm"]))
+    model.add_adapter("saving", config(2, ["first"], target_parameters=PARAMETERS, modules_to_save=["norm"]))
     model.add_adapter("plain", config(2, ["first"]))
     model.add_adapter("first layer", config(2, ["first"]))
     model.peft_config["first layer"].layers_to_transform = [0]
