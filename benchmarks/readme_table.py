@@ -45,10 +45,15 @@ def _cell(record: comparison.Record, lora: comparison.Record) -> str:
 
 
 def with_table(readme: str) -> str:
-    """The README with the table between its two marks."""
-    before, _, rest = readme.partition(BEGIN)
+    """The README with the tables between its two marks."""
+    return with_lines(readme, BEGIN, tables())
+
+
+def with_lines(page: str, begin: str, lines: list[str]) -> str:
+    """A page with other lines between a mark and END."""
+    before, _, rest = page.partition(begin)
     after = rest.partition(END)[2]
-    return before + BEGIN + "\n".join(tables()) + "\n" + END + after
+    return before + begin + "\n".join(lines) + "\n" + END + after
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from benchmarks import comparison
 from benchmarks.comparison.report import by_case, find
+from benchmarks.readme_table import with_lines
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results/h200"
-BEGIN, END = "<!-- benchmarks/roofline.py writes from here -->\n", "<!-- to here -->\n"
+BEGIN = "<!-- benchmarks/roofline.py writes from here -->\n"
 GOAL = 1.6  # times LoRA's step
 SIZE, TOKENS, RANK = 4096, 4096, 32
 WIDTH = 2  # bytes of a bfloat16
@@ -134,9 +135,7 @@ def _cell(time: float, base: float) -> str:
 
 def with_table(page: str) -> str:
     """The page with the table between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return before + BEGIN + "\n".join(rows()) + "\n" + END + after
+    return with_lines(page, BEGIN, rows())
 
 
 if __name__ == "__main__":

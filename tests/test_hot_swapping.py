@@ -10,49 +10,22 @@ import peft
 import pytest
 import tied_models
 import torch
+from every_kind import IDS, PARAMETERS, TARGETS, Net
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from small_models import llama
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 import hira
 from hira import HiraConfig, HiraError
 from hira.tuner.model import hira_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-IDS = torch.arange(10).view(2, 5)
-TARGETS = ["embedding", "first", "second", "attention", "convolution"]
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([nn.functional.linear(x, self.up[i]) for i in range(3)]).sum(0)
-
-
-class Net(nn.Module):
-    """Every kind of layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(11, 8)
-        self.first, self.second, self.experts = nn.Linear(8, 12), Conv1D(8, 12), Experts()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.convolution, self.norm = nn.Conv1d(8, 6, 3, groups=2), nn.LayerNorm(8)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.experts(torch.tanh(self.second(torch.tanh(self.first(self.norm(self.embedding(ids)))))))
-        return self.convolution(self.attention(x, x, x)[0].transpose(1, 2))
 
 
 def config(r: int = 2, **options: Any) -> HiraConfig:
-    given = {"target_modules": TARGETS, "target_parameters": ["experts.up"], "init_weights": False}
+    given = {"target_modules": TARGETS, "target_parameters": PARAMETERS, "init_weights": False}
     return HiraConfig(r=r, **{**given, **options})
 
 
