@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hira
 from hira import HiraConfig
-from hira.layers.base import scale_of_alpha
+from hira.layers.alpha_scale import scale_of_alpha
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "docstrings"))
 
