@@ -108,43 +108,46 @@ class Linear(HiraLayer):
         self, x: Tensor, names: Sequence[str], stored: Stored, factors: tuple[Tensor, Tensor, int]
     ) -> Tensor | None:
         """W' for a product with x, kept while A, B and W0 are what they are; None where none is kept."""
-        found = self._sources(x, names, stored)
-        if found is None:
+        sources, dtype = self._sources(x, names, stored)
+        if dtype is None or not self._can_keep(sources):
             return None
-        sources, dtype = found
-        form = partial(_formed, stored, factors, dtype)
-        return kept_weight.get(self, sources, [self._scale(name) for name in names], dtype, form)
+        scales = [self._scale(name) for name in names]
+        return kept_weight.get(self, sources, scales, dtype, partial(_form, stored, factors, dtype))
 
     def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
-        if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled() or heuristics.plain():
             return None
         stored = self.storage.saved_for_backward()
-        found = self._sources(x, names, stored) if stored[1] is None else None
-        if found is None:
+        sources, dtype = self._sources(x, names, stored)
+        if dtype is None or stored[1] is not None:
             return None
-        sources, dtype = found
         key, scales = (self, tuple(names)), [self._scale(name) for name in names]
         weight = inference_cache.get(key, sources, scales, dtype)
-        if weight is None and heuristics.keeps_weight(x):
-            form = partial(_formed, stored, self._factors(names), dtype)
+        if weight is None and heuristics.keeps_weight(x) and self._can_keep(sources):
+            form = partial(_form, stored, self._factors(names), dtype)
             weight = inference_cache.put(key, sources, scales, dtype, form)
         return weight
 
-    def _sources(self, x: Tensor, names: Sequence[str], stored: Stored) -> tuple[list[Tensor], torch.dtype] | None:
+    def _sources(self, x: Tensor, names: Sequence[str], stored: Stored) -> tuple[list[Tensor], torch.dtype | None]:
         """What W' of some adapters is formed from, the base weight first, and the dtype of a product of x with it.
 
-        None where W' cannot be kept: code is traced, the weight is spread over processes, or a tensor has no numbers
-        here or no version that tells when they change.
+        The dtype is None where x has another.
         """
-        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
-            return None
         W0, dequantize = stored
         sources = [self.storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
-        if any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources):
-            return None
         dtype = effective_weight.product_dtype(x, W0.dtype if dequantize is None else x.dtype)
-        return (sources, dtype) if x.dtype == dtype or effective_weight.autocasts(x.device) else None
+        return sources, dtype if x.dtype == dtype or effective_weight.autocasts(x.device) else None
+
+    def _can_keep(self, sources: Sequence[Tensor]) -> bool:
+        """Whether a W' may outlive its product; asked before it is formed.
+
+        Not where code is traced, the weight is spread over processes, or a tensor has no numbers here or no version
+        that tells when they change.
+        """
+        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
+            return False
+        return not any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources)
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
@@ -170,6 +173,6 @@ class Linear(HiraLayer):
         return W0.t() if self.fan_in_fan_out else W0
 
 
-def _formed(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
+def _form(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     W0, dequantize = stored
-    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype)
+    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype, out=out)
