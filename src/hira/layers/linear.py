@@ -72,10 +72,8 @@ class Linear(HiraLayer):
         return base.in_features, base.out_features
 
     def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        if inference_cache.is_open and (weight := self._cached_weight(x, names)) is not None:
-            bias = self.storage.bias
-            return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
-        return self._linear(x, names, self.storage.bias)
+        y = self._product_with_cached(x, names) if inference_cache.is_open else None
+        return self._linear(x, names, self.storage.bias) if y is None else y
 
     def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
         return self._linear(x if dropout is None else dropout(x), names, None, update_only=True)
@@ -114,6 +112,10 @@ class Linear(HiraLayer):
         scales = [self._scale(name) for name in names]
         return kept_weight.get(self, sources, scales, dtype, partial(_form, stored, factors, dtype))
 
+    def _product_with_cached(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+        weight, bias = self._cached_weight(x, names), self.storage.bias
+        return None if weight is None else F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
+
     def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
         if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled() or heuristics.plain():
@@ -151,17 +153,19 @@ class Linear(HiraLayer):
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
-        single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
+        single = {name: rows[name][0] for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1}
         W0, dequantize = self.storage.saved_for_backward()
-        one_product = not (args or kwargs or dequantize or self._dropped(single)) and self._is_plain()
-        if one_product and inference_cache.is_open:  # with W' of each adapter at hand, a product for each costs less
-            single = [name for name in single if self._cached_weight(x, [name]) is None]
-        if len(single) < 2 or not one_product:
+        if args or kwargs or dequantize or self._dropped(list(single)) or not self._is_plain():
             return super()._mixed_parts(x, rows, *args, **kwargs)
-        tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
-        factors = [self._factors([name]) for name in single]
-        y = ops.linear_each(tokens, W0, factors, self.storage.bias)
-        found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
+        found: dict[str, Tensor] = {}
+        if inference_cache.is_open:  # with W' of each adapter at hand, a product for each costs less
+            products = {name: self._product_with_cached(x[row : row + 1], [name]) for name, row in single.items()}
+            found = {name: y for name, y in products.items() if y is not None}
+        formed = [name for name in single if name not in found]
+        if len(formed) > 1:
+            tokens = x[[single[name] for name in formed]].reshape(-1, x.shape[-1])
+            y = ops.linear_each(tokens, W0, [self._factors([name]) for name in formed], self.storage.bias)
+            found.update(zip(formed, y.view(len(formed), 1, *x.shape[1:-1], -1), strict=True))
         others = {name: rows[name] for name in rows if name not in found}
         found.update(zip(others, super()._mixed_parts(x, others), strict=True))
         return [found[name] for name in rows]
