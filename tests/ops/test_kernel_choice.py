@@ -101,14 +101,15 @@ def test_a_wrong_kernel_does_not_serve_and_says_so_once(kernel, change, monkeypa
         assert not serves(kernel, weight(), torch.bfloat16, forbidden, forbidden)
 
 
-@pytest.mark.parametrize("wrong", ["dithered", "large rank"])
+@pytest.mark.parametrize("wrong", ["dithered", "large rank", "with LoRA"])
 def test_a_kernel_that_is_wrong_in_some_cases_does_not_serve(wrong, monkeypatch):
     monkeypatch.setattr(kernel_choice, "SHAPES", ((63, 65, 33), (63, 65, 3)))
     form = triton.form
 
-    def broken(W0, A, B, dtype, noise=None):
-        found = form(W0, A, B, dtype, noise=noise)
-        return 1.1 * found if (noise is not None if wrong == "dithered" else len(A) > 32) else found
+    def broken(W0, A, B, dtype, noise=None, lora_r=0):
+        found = form(W0, A, B, dtype, noise=noise, lora_r=lora_r)
+        case = {"dithered": noise is not None, "large rank": len(A) > 32, "with LoRA": lora_r > 0}
+        return 1.1 * found if case[wrong] else found
 
     monkeypatch.setattr(triton, "form", broken)
     with pytest.warns(UserWarning, match="form.*off by"):

@@ -145,11 +145,11 @@ def whole(W0: Tensor, by: Modulation, dtype: torch.dtype, out: Tensor | None = N
 def _formed(
     W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None, out: Tensor | None = None
 ) -> Tensor:
-    if heuristics.triton(W0) and not by.lora_r:
+    if heuristics.triton(W0):
         from hira.ops import triton
 
-        A, B, _, noise, update_only = by
-        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise, out=out)
+        A, B, lora_r, noise, update_only = by
+        kernel = partial(triton.form, W0, A, B, dtype, lora_r=lora_r, update_only=update_only, noise=noise, out=out)
         if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None, None)):
             return kernel()
     return _formed_by_pytorch(W0, by, dtype, workspace, out)
