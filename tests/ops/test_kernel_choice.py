@@ -173,11 +173,11 @@ WHOLE = {"error": 0.001, "allowed": 0.01, "kernel_us": 9.0, "pytorch_us": 1.0, "
         "[1]",
         "{",
         '{"form, torch.bfloat16, torch.bfloat16": false}',  # the first format
-        json.dumps({"format": 1, "verdicts": {ENTRY: WHOLE}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "kernel_us": "9"}}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "size": 3}}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "more": 1}}}),
-        json.dumps({"format": 2, "verdicts": [ENTRY]}),
+        json.dumps({"format": kernel_choice.FORMAT - 1, "verdicts": {ENTRY: WHOLE}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "kernel_us": "9"}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "size": 3}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "more": 1}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": [ENTRY]}),
     ],
 )
 def test_a_damaged_or_older_file_counts_as_none(cache, text):
@@ -193,7 +193,9 @@ def test_a_whole_file_is_believed(cache, failing):
     file = kernel_choice._file(kernel_choice.machine_of(torch.device(DEVICE)))
     file.parent.mkdir(parents=True)
     for kernel_us, faster in ((9.0, False), (0.5, True)):
-        file.write_text(json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "kernel_us": kernel_us}}}))
+        file.write_text(
+            json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "kernel_us": kernel_us}}})
+        )
         kernel_choice._verdicts.clear()
         assert serves("form", weight(), torch.bfloat16, forbidden, forbidden) == faster
 
