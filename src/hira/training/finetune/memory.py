@@ -137,9 +137,12 @@ class _FusedAttention(TorchFunctionMode):
     """On the meta device PyTorch computes attention step by step, and keeps a matrix of tokens by tokens."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+        replacement = _attention if func is F.scaled_dot_product_attention else func
+        return replacement(*args, **(kwargs or {}))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value)
 
 
 def _size(count: int) -> str:
