@@ -1,4 +1,4 @@
-"""Computes the memory that the recipes take, and writes the table of recipes/README.md: python recipes/memory.py
+"""Computes the memory that the recipes take, and writes the table of recipes/README.md: python -m recipes.memory
 
 Nothing is loaded: models are made on the meta device, from the sizes that their publishers give. The formula is in
 recipes/README.md.
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.readme_table import with_lines
 from diffusers import Flux2Transformer2DModel
 from peft import get_peft_model
+from recipes import flux2_klein
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import flux2_klein
 from hira import HiraConfig
 from hira.training.finetune.arguments import parse
 from hira.training.finetune.memory import kept_for_backward
@@ -24,7 +25,7 @@ from hira.training.finetune.plan import plan
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
-BEGIN, END = "<!-- recipes/memory.py writes from here -->\n", "<!-- to here -->\n"
+BEGIN = "<!-- recipes/memory.py writes from here -->\n"
 PROCESSES = 4
 
 _LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
@@ -133,8 +134,7 @@ def table() -> list[str]:
 
 def with_table(readme: str) -> str:
     """The README with the table between its two marks."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + "\n".join(table()) + "\n" + END + rest.partition(END)[2]
+    return with_lines(readme, BEGIN, table())
 
 
 if __name__ == "__main__":

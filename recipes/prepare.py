@@ -123,6 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.recipe == "cat") != (options.prompts is not None):
         parser.error("--prompts belongs to cat")
+    if not options.source.exists():
+        parser.error(f"there is no {options.source}")
     if options.recipe == "cat":
         cat(options.source, options.prompts, options.output)
         return

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from benchmarks import tiny_lm
+from peft import PeftModel
 from PIL import Image
+from recipes import prepare
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,11 +29,6 @@ DIALOGUE = """\
 3 hello , how are you ?\ti am fine , just back from the slopes .\t\tno|yes
 4 do you have pets ?\tone dog .\t\tno|yes
 """
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +60,6 @@ def downloaded(recipe: str, folder: Path) -> Path:
 @pytest.mark.parametrize("recipe", ["commonsense", "convai2", "metamath", "peft_metamathqa"])
 def test_a_recipe_runs(recipe, model, tmp_path, monkeypatch):
     """Its data is prepared and checked, the model adapted as it says and trained, the best checkpoint kept."""
-    import prepare
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     wanted = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
@@ -89,8 +84,6 @@ def test_a_recipe_runs(recipe, model, tmp_path, monkeypatch):
 
 def test_the_prepared_rows(tmp_path):
     """What a model sees, and what the loss is of."""
-    import prepare
-
     (tmp_path / "dialogue.txt").write_text(DIALOGUE)
     assert list(prepare.convai2(tmp_path / "dialogue.txt")) == [
         {
@@ -121,8 +114,6 @@ def test_the_prepared_rows(tmp_path):
     ],
 )
 def test_other_files_are_refused(recipe, text, named, tmp_path):
-    import prepare
-
     (tmp_path / "file").write_text(text)
     with pytest.raises(SystemExit, match=named):
         prepare.main([recipe, str(tmp_path / "file"), "--output", str(tmp_path / "out")])
@@ -144,11 +135,12 @@ def test_the_paper_s_recipes_differ_in_data_and_epochs_alone():
 
 def test_the_readme_has_the_computed_table():
     """And the published numbers of trained parameters."""
-    import memory
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from recipes import memory
 
     readme = memory.README.read_text()
     assert memory.with_table(readme) == readme
-    table = readme.partition(memory.BEGIN)[2].partition(memory.END)[0]
+    table = readme.partition(memory.BEGIN)[2].partition("<!--")[0]
     assert all(published in table for published in ("0.7002 %", "0.8256 %", "9,175,040", "38,338,560"))
 
 
@@ -175,11 +167,9 @@ def test_the_documented_commands(monkeypatch):
 
 def test_flux(tmp_path, monkeypatch):
     """The cat's images are prepared, a small FLUX.2 learns them, and generates with the adapter."""
-    diffusers = pytest.importorskip("diffusers")
-    from peft import PeftModel
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-    import flux2_klein
-    import prepare
+    from recipes import flux2_klein
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "images").mkdir()
