@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 _TRAINED = 16  # bytes for a trained parameter: itself, its gradient, and Adam's two averages, in float32
 # bytes for a weight of bitsandbytes: 4 bits and a float32 for 64 of them, or a byte for 64 if that is quantised too
@@ -35,7 +37,7 @@ class Memory(NamedTuple):
         """Estimate.
 
         Args:
-            base: the base model on the meta device, adapted.
+            base: the base model on the meta device, in the dtype that it computes in, adapted.
             weights: the bytes of its weights.
             trainable: the number of parameters that are trained.
             training: TRL's SFTConfig.
@@ -53,10 +55,21 @@ class Memory(NamedTuple):
         yield f"  weights {_size(self.weights)}; adapter, gradients and Adam {_size(self.training)}; activations {kept}"
 
 
-def bytes_of(base: Any, model: Any) -> int:
-    """Bytes of the base model's weights, as TRL's ModelConfig has them loaded."""
-    given = base.config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
-    plain = (given or torch.float32).itemsize
+def dtypes(config: Any, model: Any, training: Any) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype that the base model is loaded in, and the one that it computes in.
+
+    Args:
+        config: the base model's configuration.
+        model, training: TRL's ModelConfig and SFTConfig.
+    """
+    given = config.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    loaded = given or torch.float32
+    return loaded, torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else loaded
+
+
+def bytes_of(base: Any, model: Any, loaded: torch.dtype) -> int:
+    """Bytes of the base model's weights, as TRL's ModelConfig has them loaded in a dtype."""
+    plain = loaded.itemsize
     quantised: dict[Tensor, float] = {}
     if model.load_in_4bit or model.load_in_8bit:
         each = _8BIT if model.load_in_8bit else _4BIT_NESTED if model.use_bnb_nested_quant else _4BIT
@@ -67,7 +80,6 @@ def bytes_of(base: Any, model: Any) -> int:
 
 def _activations(base: Any, batch: tuple[int, int], training: Any) -> int | None:
     """Bytes that the layers keep for backward; with checkpointing what is kept, and one layer's as it is recomputed."""
-    scale = 0.5 if training.bf16 or training.fp16 else 1.0
     try:
         kept = _kept(base, batch)
         if training.gradient_checkpointing:
@@ -78,12 +90,26 @@ def _activations(base: Any, batch: tuple[int, int], training: Any) -> int | None
             kept = between + (kept - between) // base.config.get_text_config().num_hidden_layers
     except (RuntimeError, AttributeError, TypeError):  # it asks a tensor for its values, or takes other inputs
         return None
-    return round(scale * kept)
+    return kept
 
 
 def _kept(base: Any, batch: tuple[int, int]) -> int:
-    """Bytes of float32 that a forward of the model without its head saves for backward."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*base.parameters(), *base.buffers())}
+    """Bytes that a forward of the model without its head saves for backward."""
+    count, length = batch
+    ids = torch.zeros(count, length, dtype=torch.long, device="meta")
+    mask = torch.ones(count, 1, length, length, dtype=torch.bool, device="meta")  # of four dimensions: taken as it is
+    base.train()
+    return kept_for_backward(base, lambda: base.base_model(input_ids=ids, attention_mask=mask, use_cache=False))
+
+
+def kept_for_backward(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that a forward of a model saves for backward, beside the model's own parameters and buffers.
+
+    Args:
+        model: on the meta device, where attention counts as a fused kernel keeps it.
+        forward: calls the model.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -92,13 +118,31 @@ def _kept(base: Any, batch: tuple[int, int]) -> int:
             storages[storage._cdata] = storage
         return tensor
 
-    count, length = batch
-    ids = torch.zeros(count, length, dtype=torch.long, device="meta")
-    mask = torch.ones(count, 1, length, length, dtype=torch.bool, device="meta")  # of four dimensions: taken as it is
-    base.train()
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    with saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        forward()
     return sum(int(storage.nbytes()) for storage in storages.values())
+
+
+class _Attention(torch.autograd.Function):
+    """Saves what a fused kernel saves: its inputs, its output, and a float32 for each row; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch computes attention step by step, and keeps a matrix of tokens by tokens."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replacement = _attention if func is F.scaled_dot_product_attention else func
+        return replacement(*args, **(kwargs or {}))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value)
 
 
 def _size(count: int) -> str:

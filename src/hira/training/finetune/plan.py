@@ -14,7 +14,7 @@ from hira.layers.alpha_scale import takes_files_as_they_are
 from hira.layers.base import HiraLayer
 from hira.training.finetune.arguments import Arguments
 from hira.training.finetune.base_model import auto_class, base_config
-from hira.training.finetune.memory import Memory, bytes_of
+from hira.training.finetune.memory import Memory, bytes_of, dtypes
 
 
 class Adapted(NamedTuple):
@@ -57,9 +57,10 @@ def plan(arguments: Arguments, labels: int | None = None) -> tuple[Adapted, Memo
         config.num_labels = labels
     token = takes_files_as_they_are.set(True)  # hira_alpha would read weights, which have no values here
     try:
+        loaded, computed = dtypes(config, arguments.model, arguments.training)
         with torch.device("meta"):
-            base = auto_class(arguments).from_config(config, trust_remote_code=arguments.trusts_code)
-        weights = bytes_of(base, arguments.model)
+            base = auto_class(arguments).from_config(config, dtype=computed, trust_remote_code=arguments.trusts_code)
+        weights = bytes_of(base, arguments.model, loaded)
         model = get_peft_model(base, arguments.config())
     except (ValueError, KeyError) as error:
         raise error if isinstance(error, HiraError) else HiraError(str(error)) from error
