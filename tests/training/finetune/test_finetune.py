@@ -210,6 +210,7 @@ def test_what_is_reported_goes_where_it_is_asked_to(flags, monkeypatch):
         ({"model_name_or_path": "nowhere/at/all"}, "nowhere"),
         ({"dataset_name": None}, "dataset_name"),
         ({"dataset_name": "none.jsonl"}, "none.jsonl"),
+        ({"dataset_name": "data/none"}, "no file or folder data/none"),
         ({"datasets": "more.jsonl"}, "both"),
         ({"dataset_train_split": "half"}, "half"),
         ({"eval_strategy": "epoch"}, "test_split_size"),
