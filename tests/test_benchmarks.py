@@ -28,7 +28,7 @@ def test_the_documentation_has_the_table_of_the_committed_dtypes():
 
     seeds = json.loads(adapter_dtype.RESULTS.read_text())["seeds"]
     assert len(seeds) >= 3
-    assert "\n".join(adapter_dtype.table(seeds)) in (FOLDER.parent / "docs" / "training.md").read_text()
+    assert "\n".join(adapter_dtype.table(seeds)) in (FOLDER.parent / "docs" / "learning_rate.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +36,13 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_the_readme_has_the_table_of_the_committed_results():
+def test_the_pages_have_the_tables_of_the_committed_results():
     import readme_table
 
-    readme = readme_table.README.read_text()
-    assert readme_table.with_table(readme) == readme
-    assert "| hira / LoRA |" in readme
+    for page, lines in {readme_table.PAGE: readme_table.tables(), readme_table.README: readme_table.few_rows()}.items():
+        text = page.read_text()
+        assert readme_table.with_lines(text, readme_table.BEGIN, lines) == text
+        assert "| hira / LoRA |" in text
 
 
 def test_the_page_on_performance_has_the_computed_table():
