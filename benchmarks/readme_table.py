@@ -57,10 +57,10 @@ def _rows(case: str, group: list[comparison.Record], columns: Sequence[str]) -> 
     """LoRA's time and peak of memory, the others' as multiples of these."""
     lora = find(group, "LoRA")
     milliseconds = f"{lora.median_ms:,.0f}" if lora.median_ms >= 100 else f"{lora.median_ms:.3g}"
-    rows = [(case, f"{milliseconds} ms", *(_cell(find(group, name), lora) for name in columns))]
+    rows = [(case, f"{milliseconds}\N{NO-BREAK SPACE}ms", *(_cell(find(group, name), lora) for name in columns))]
     if lora.peak_bytes:
         peaks = [ratio(find(group, name).peak_bytes, lora.peak_bytes) for name in columns]
-        rows.append(("peak memory above the model", f"{lora.peak_bytes / 1e9:.2f} GB", *peaks))
+        rows.append(("peak memory above the model", f"{lora.peak_bytes / 1e9:.2f}\N{NO-BREAK SPACE}GB", *peaks))
     return rows
 
 

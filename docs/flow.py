@@ -1,4 +1,4 @@
-"""Draws what a step computes and what it keeps, docs/flow.svg: python docs/flow.py"""
+"""Draws what a step computes and what it keeps, docs/forward.svg and docs/backward.svg: python docs/flow.py"""
 
 from __future__ import annotations
 
@@ -22,42 +22,48 @@ FORWARD = {
     "y": ("y = x W'ᵀ", 5.5, 3.0, GIVEN),
 }
 BACKWARD = {
-    "dy": ("dy", 7.7, 3.0, GIVEN),
-    "W": ("a block of W',\nformed again", 9.9, 1.8, PASSING),
-    "dx": ("dx = dy W'", 12.4, 1.8, GIVEN),
-    "G": ("a block of\nG = dyᵀ x", 9.9, 3.0, PASSING),
-    "M": ("G ⊙ W0", 12.4, 3.0, PASSING),
-    "dAB": ("dB = (G ⊙ W0) Aᵀ\ndA = Bᵀ (G ⊙ W0)", 14.9, 3.0, TRAINED),
+    "dy": ("dy", 0.95, 3.0, GIVEN),
+    "G": ("a block of\nG = dyᵀ x", 3.2, 3.0, PASSING),
+    "M": ("G ⊙ W0", 5.4, 3.0, PASSING),
+    "dAB": ("dB = (G ⊙ W0) Aᵀ\ndA = Bᵀ (G ⊙ W0)", 5.2, 1.7, TRAINED),
+    "W": ("a block of W',\nformed again", 1.6, 1.7, PASSING),
+    "dx": ("dx = dy W'", 1.6, 0.5, GIVEN),
 }
-ARROWS = {
-    "forward": (FORWARD, [("x", "y"), ("W0", "W"), ("AB", "W"), ("W", "y")]),
-    "backward": (BACKWARD, [("dy", "G"), ("G", "M"), ("M", "dAB"), ("dy", "W"), ("W", "dx")]),
+# the boxes, what leads where, and what is said below
+PASSES = {
+    "forward": (
+        FORWARD,
+        [("x", "y"), ("W0", "W"), ("AB", "W"), ("W", "y")],
+        "kept for backward: x, W0, A and B",
+    ),
+    "backward": (
+        BACKWARD,
+        [("dy", "G"), ("G", "M"), ("M", "dAB"), ("dy", "W"), ("W", "dx")],
+        "dashed: a block at a time, in memory that is used again",
+    ),
 }
 
 
 def main() -> None:
-    """Draw both passes beside each other."""
+    """Draw each pass into a file of its own, so that a narrow page has one below the other."""
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "hira", "font.size": 11})
-    figure, axes = plt.subplots(figsize=(12.6, 3.1), layout="constrained", facecolor="white")
-    for title, (boxes, arrows) in ARROWS.items():
+    for title, (boxes, arrows, below) in PASSES.items():
+        figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained", facecolor="white")
         places = {key: _box(axes, *box) for key, box in boxes.items()}
         for begin, end in arrows:
             style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 2, "shrinkB": 2}
-            axes.annotate(
-                "", xy=_edge(places[end], places[begin]), xytext=_edge(places[begin], places[end]), arrowprops=style
-            )
-        axes.text(boxes[next(iter(boxes))][1] - 0.85, 3.75, title, color=GREEN, weight="bold", fontsize=13)
-    axes.text(0.1, -0.15, "kept from forward to backward: x, W0, A and B", color=GREY)
-    axes.text(7.0, -0.15, "dashed: a block at a time, in memory that is used again", color=GREY)
-    axes.axvline(6.65, color="#dddddd")
-    axes.set(xlim=(-0.1, 16.4), ylim=(-0.35, 4.1))
-    axes.axis("off")
-    figure.savefig(Path(__file__).with_name("flow.svg"), metadata={"Date": None})
+            tip, tail = _edge(places[end], places[begin]), _edge(places[begin], places[end])
+            axes.annotate("", tip, tail, arrowprops=style)
+        axes.text(0.05, 3.75, title, color=GREEN, weight="bold", fontsize=13)
+        axes.text(0.05, -0.3, below, color=GREY)
+        axes.set(xlim=(-0.1, 6.6), ylim=(-0.4, 4.1))
+        axes.axis("off")
+        figure.savefig(Path(__file__).with_name(f"{title}.svg"), metadata={"Date": None})
 
 
 def _box(axes: Axes, text: str, x: float, y: float, colour: str) -> tuple[float, float, float, float]:
     """A box with a text in it, and its centre and half its sizes."""
-    width = 0.055 * max(map(len, text.split("\n"))) + 0.2
+    width = 0.062 * max(map(len, text.split("\n"))) + 0.2
     height = 0.2 * text.count("\n") + 0.28
     style = {"linestyle": "--" if colour == PASSING else "-", "edgecolor": GREY, "facecolor": colour}
     axes.add_patch(FancyBboxPatch((x - width, y - height), 2 * width, 2 * height, boxstyle="round,pad=0.02", **style))

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 FENCED = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\(?)(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+# a prime is raised by its font already; as a superscript it would be raised twice
+PRIMED = re.compile("<msup><mi>(.)</mi><mi>&#x02032;</mi></msup>")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -64,7 +66,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]), display=display)
+        primed = r'<mrow><mi>\1</mi><mo lspace="0" rspace="0">&#x02032;</mo></mrow>'
+        return PRIMED.sub(primed, convert(html.unescape(match[2]), display=display))
 
     return FORMULA.sub(formula, content)
 
