@@ -1,4 +1,4 @@
-"""Writes the tables of times, and their picture, from the committed results: python -m benchmarks.readme_table
+"""Writes the tables of times, and their pictures, from the committed results: python -m benchmarks.readme_table
 
 All of them into docs/performance.md, a few rows into the README.
 """
@@ -13,7 +13,6 @@ from benchmarks.comparison.report import by_case, find, ratio
 
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs/performance.md"
-PICTURE = ROOT / "benchmarks/results/cpu.png"
 RESULTS = {
     "bfloat16": [ROOT / "benchmarks/results/cpu_bfloat16.json"],
     "float32": [ROOT / "benchmarks/results/cpu.json"],
@@ -82,4 +81,5 @@ def with_lines(page: str, begin: str, lines: list[str]) -> str:
 if __name__ == "__main__":
     for page, lines in {PAGE: tables(), README: few_rows()}.items():
         page.write_text(with_lines(page.read_text(), BEGIN, lines))
-    comparison.plot(comparison.load(RESULTS["float32"][0])[0], PICTURE)
+    for paths in RESULTS.values():
+        comparison.plot(comparison.load(paths[0])[0], paths[0].with_suffix(".png"))

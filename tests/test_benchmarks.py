@@ -45,6 +45,29 @@ def test_the_pages_have_the_tables_of_the_committed_results():
         assert "| hira / LoRA |" in text
 
 
+# what the text says of the tables: a page's section, dtype, case, methods
+SAID = [
+    ("performance.md", "When to keep W'", "bfloat16", "linear 2048 x 2048, 1024 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "bfloat16", "linear 2048 x 2048, 32 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "float32", "linear 2048 x 2048, 32 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "float32", "tokens, recomputed", ("hira", "hira, weight kept")),
+    ("architecture.md", "The product for dA", "float32", "linear 2048 x 2048, 1024 tokens", ("hira", "int8")),
+    ("architecture.md", "The product for dA", "float32", "linear 2048 x 2048, 4096 tokens", ("hira", "int8")),
+]
+
+
+@pytest.mark.parametrize(("page", "section", "dtype", "case", "methods"), SAID)
+def test_the_text_says_what_the_tables_say(page, section, dtype, case, methods):
+    import readme_table
+
+    text = (FOLDER.parent / "docs" / page).read_text().partition(f"## {section}")[2].partition("\n## ")[0]
+    table = "\n".join(readme_table.tables()).partition(f"**{dtype}**")[2].partition("**")[0]
+    row = next(line for line in table.splitlines() if f"{case} |" in line).strip("|").split(" | ")
+    for method in methods:
+        column = {"hira": 2, "int8": 3, "hira, weight kept": 4}[method]
+        assert re.search(rf"\b{re.escape(row[column].strip())}\b", text), (method, row)
+
+
 def test_the_page_on_performance_has_the_computed_table():
     import roofline
 
