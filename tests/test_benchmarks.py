@@ -68,6 +68,56 @@ def test_the_text_says_what_the_tables_say(page, section, dtype, case, methods):
         assert re.search(rf"\b{re.escape(row[column].strip())}\b", text), (method, row)
 
 
+def test_the_rows_of_8_bit_gradients_are_those_of_the_results():
+    from benchmarks.int8_gradient import RESULTS as path
+    from benchmarks.int8_report import spread
+
+    runs = [run["arms"] | {"task": run["task"]} for run in json.loads(path.read_text()) if "arms" in run]
+    text = (FOLDER.parent / "docs" / "architecture.md").read_text()
+    for name, task, metric in (
+        ("demo's task, test accuracy", "docstrings", "test accuracy"),
+        ("demo's task, validation loss", "docstrings", "validation loss"),
+        ("tiny language model, validation loss", "tiny_lm", "validation loss"),
+    ):
+        pairs = [(run["exact"]["final"][metric], run["int8"]["final"][metric]) for run in runs if run["task"] == task]
+        exact, change = spread([a for a, _ in pairs], ""), spread([b - a for a, b in pairs], "+")
+        assert f"| {name} | {exact} | {change} |" in text
+
+
+def test_the_rows_of_roundings_are_those_of_the_results():
+    from benchmarks import bfloat16_rounding as rounding
+
+    seeds = json.loads(rounding.RESULTS.read_text())["seeds"]
+    text = (FOLDER.parent / "docs" / "concepts.md").read_text()
+    for arm, name in {
+        rounding.NEAREST: "to nearest",
+        rounding.DITHER: "dither",
+        "PEFT's HiRA": "PEFT's HiRA, two products",
+    }.items():
+        both = [
+            rounding.spread(each, 5)
+            for rate in map(str, rounding.RATES)
+            for each in rounding.distances(seeds, rate, arm)
+        ]
+        assert f"| {name} | {' | '.join(both)} |" in text
+
+
+def test_the_times_of_merging_are_those_of_the_results():
+    from benchmarks import merge
+
+    text = (FOLDER.parent / "docs" / "checkpoints.md").read_text()
+    for record in json.loads(merge.RESULTS.read_text()):
+        for model in record["models"]:
+            seconds, peaks = model["median_seconds"], model["peak_bytes"]
+            row = f"| {model['bytes'] / 1e9:.2f} GB of {record['settings']['dtype']}"
+            (line,) = [line for line in text.splitlines() if line.startswith(row)]
+            assert f"| {seconds['cp -r']:.1f} s |" in line
+            assert f"| {seconds['hira merge']:.1f} s, peak {peaks['hira merge'] / 1e6:.0f} MB |" in line
+            if peft := seconds.get("PEFT's HiRA"):
+                peak = peaks["PEFT's HiRA"] / 1e9
+                assert f"| {peft:.1f} s, peak {peak:.1f} GB |" in line
+
+
 def test_the_page_on_performance_has_the_computed_table():
     import roofline
 
