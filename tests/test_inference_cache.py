@@ -181,7 +181,7 @@ def test_a_scope_ends_with_an_error_too_and_one_within_another_is_part_of_it(for
 def test_an_error_while_forming_leaves_no_bytes_behind(scope, monkeypatch):
     layer = adapted()
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(effective_weight, "form", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(effective_weight, "form", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
         generate(layer)
     assert inference_cache.nbytes == 0
     generate(layer)

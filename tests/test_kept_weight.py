@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hira import HiraConfig
-from hira.layers import linear
+from hira.layers import kept_weight, linear
 from hira.ops import effective_weight
 from hira.tuner.model import hira_layers
 
@@ -171,6 +171,38 @@ def test_a_backward_after_the_step_has_the_weight_of_its_forward():
     for layer in hira_layers(model):
         for factors in layer.factor_dicts("default"):
             factors["default"].data.mul_(2)
+    model(x)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
+def test_an_updated_weight_is_formed_in_the_memory_of_the_one_before(formed):
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def memory() -> list[int]:
+        return [kept_weight._entries[layer].weight.data_ptr() for layer in hira_layers(model)]
+
+    model(batch()).sum().backward()
+    before = memory()
+    optimizer.step()
+    y = model(batch())
+    assert memory() == before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        optimizer.step()
+        model(batch())
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_graph_keeps_its_weight_when_other_adapters_act(several):
+    model = adapted()
+    model.add_adapter("b", HiraConfig(r=2, target_modules=["first", "second"], init_weights=False, keep_weight=True))
+    model.double()
+    x = batch().requires_grad_()
+    y = model(x)
+    (wanted,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    model.base_model.set_adapter(["default", "b"] if several else "b")
     model(x)
     (found,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(found, wanted, **EXACT)

@@ -127,7 +127,7 @@ def test_a_thread_keeps_one_block_for_each_dtype_and_no_more(monkeypatch):
     monkeypatch.setattr(heuristics, "CPU_BLOCK_ENTRIES", 100)
     for rows in (3, 30, 20):
         W0, A, B = weights(rows, 10, dtype=torch.bfloat16)
-        modulated_weight(W0, A, B)
+        linear(torch.ones(4, 10, dtype=torch.bfloat16), W0, A, B)
     wide, A, B = weights(2, 300)  # a row is more than a block
     modulated_weight(wide, A, B)
     sizes = {dtype: buffer.numel() for dtype, buffer in workspace.scratch.buffers.items()}

@@ -101,14 +101,15 @@ def test_a_wrong_kernel_does_not_serve_and_says_so_once(kernel, change, monkeypa
         assert not serves(kernel, weight(), torch.bfloat16, forbidden, forbidden)
 
 
-@pytest.mark.parametrize("wrong", ["dithered", "large rank"])
+@pytest.mark.parametrize("wrong", ["dithered", "large rank", "with LoRA"])
 def test_a_kernel_that_is_wrong_in_some_cases_does_not_serve(wrong, monkeypatch):
     monkeypatch.setattr(kernel_choice, "SHAPES", ((63, 65, 33), (63, 65, 3)))
     form = triton.form
 
-    def broken(W0, A, B, dtype, noise=None):
-        found = form(W0, A, B, dtype, noise=noise)
-        return 1.1 * found if (noise is not None if wrong == "dithered" else len(A) > 32) else found
+    def broken(W0, A, B, dtype, noise=None, lora_r=0):
+        found = form(W0, A, B, dtype, noise=noise, lora_r=lora_r)
+        case = {"dithered": noise is not None, "large rank": len(A) > 32, "with LoRA": lora_r > 0}
+        return 1.1 * found if case[wrong] else found
 
     monkeypatch.setattr(triton, "form", broken)
     with pytest.warns(UserWarning, match="form.*off by"):
@@ -172,11 +173,11 @@ WHOLE = {"error": 0.001, "allowed": 0.01, "kernel_us": 9.0, "pytorch_us": 1.0, "
         "[1]",
         "{",
         '{"form, torch.bfloat16, torch.bfloat16": false}',  # the first format
-        json.dumps({"format": 1, "verdicts": {ENTRY: WHOLE}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "kernel_us": "9"}}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "size": 3}}}),
-        json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "more": 1}}}),
-        json.dumps({"format": 2, "verdicts": [ENTRY]}),
+        json.dumps({"format": kernel_choice.FORMAT - 1, "verdicts": {ENTRY: WHOLE}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "kernel_us": "9"}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "size": 3}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "more": 1}}}),
+        json.dumps({"format": kernel_choice.FORMAT, "verdicts": [ENTRY]}),
     ],
 )
 def test_a_damaged_or_older_file_counts_as_none(cache, text):
@@ -192,7 +193,9 @@ def test_a_whole_file_is_believed(cache, failing):
     file = kernel_choice._file(kernel_choice.machine_of(torch.device(DEVICE)))
     file.parent.mkdir(parents=True)
     for kernel_us, faster in ((9.0, False), (0.5, True)):
-        file.write_text(json.dumps({"format": 2, "verdicts": {ENTRY: {**WHOLE, "kernel_us": kernel_us}}}))
+        file.write_text(
+            json.dumps({"format": kernel_choice.FORMAT, "verdicts": {ENTRY: {**WHOLE, "kernel_us": kernel_us}}})
+        )
         kernel_choice._verdicts.clear()
         assert serves("form", weight(), torch.bfloat16, forbidden, forbidden) == faster
 

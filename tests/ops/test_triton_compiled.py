@@ -139,6 +139,7 @@ def compile_cases(cases):
         A, B = torch.ones(r, into).to(adapter), torch.ones(out, r).to(adapter)
         noise = None if dtype == torch.float32 else (torch.ones(out).short(), torch.ones(into).short())
         form(W0, A, B, dtype, noise=noise)
+        form(W0, A, B, dtype, lora_r=r // 2, noise=noise)
         factor_gradients(dy, x, W0, A, B)
         decode(x, W0, A, B)
 

@@ -74,6 +74,22 @@ def test_error_is_that_of_one_rounding(shape, stored, product):
     assert ((got.double() - exact).abs() <= formation + rounding).all()
 
 
+@pytest.mark.parametrize("update_only", [False, True])
+@pytest.mark.parametrize("product", DTYPES)
+@pytest.mark.parametrize(("r", "lora_r"), [(1, 1), (3, 16), (20, 2), (2, 70)])
+def test_lora_beside_hira(r, lora_r, product, update_only):
+    W0, A, B = weights(r=r + lora_r, dtype=torch.bfloat16)
+    A_, B_ = A.double().split([r, lora_r]), B.double().split([r, lora_r], dim=1)
+    exact = reference.modulated_weight(W0.double(), A_[0], B_[0], A_[1], B_[1]) - update_only * W0.double()
+    size = W0.double().abs() * (1 + B_[0].abs() @ A_[0].abs()) + B_[1].abs() @ A_[1].abs()
+    formation = 2 * (len(A) + 3) * 2.0**-24 * size
+    if product != torch.float32:  # the factors are split in two halves there, which leaves them within 2**-16
+        formation = formation + 2.0**-15 * (W0.double().abs() * (B_[0].abs() @ A_[0].abs()) + B_[1].abs() @ A_[1].abs())
+    got = form(W0, A, B, product, lora_r=lora_r, update_only=update_only)
+    assert ((got.double() - exact).abs() <= formation + ROUNDOFF[product] * (exact.abs() + formation) + 2.0**-25).all()
+    assert torch.equal(form(W0, A, B, product, lora_r=0), form(W0, A, B, product))
+
+
 @pytest.mark.parametrize("adapter", [torch.float32, torch.float64, *LOW])
 def test_adapters_of_any_dtype(adapter):
     W0, A, B = weights(dtype=torch.bfloat16, adapter=adapter)
@@ -183,8 +199,8 @@ def test_operator_keeps_its_contract(transposed):
     W0, A, B = weights(dtype=torch.bfloat16)
     W0 = W0.t().contiguous().t() if transposed else W0
     rows, columns = noise_vectors(*W0.shape)
-    torch.library.opcheck(torch.ops.hira.triton_form, (W0, A, B, torch.bfloat16, False, rows, columns))
-    torch.library.opcheck(torch.ops.hira.triton_form, (W0, A, B, torch.float32, True, None, None))
+    torch.library.opcheck(torch.ops.hira.triton_form, (W0, A, B, torch.bfloat16, 1, False, rows, columns))
+    torch.library.opcheck(torch.ops.hira.triton_form, (W0, A, B, torch.float32, 0, True, None, None))
 
 
 def test_compiled():
@@ -203,6 +219,8 @@ def test_compiled():
         ({"A": torch.ones(3, 63, dtype=torch.int32)}, "A.* torch.int32"),
         ({"W0": torch.ones(37, 63, dtype=torch.float64)}, "W0.* torch.float64"),
         ({"dtype": torch.float64}, "result.* torch.float64"),
+        ({"lora_r": 3}, "lora_r is 3"),
+        ({"lora_r": -1}, "lora_r is -1"),
         ({"out": torch.ones(37, 63)}, "out.* torch.float32.* torch.bfloat16"),
         ({"out": torch.ones(37, 62).bfloat16()}, r"out.* \(37, 62\)"),
         ({"noise": (torch.ones(37).short(), torch.ones(62).short())}, "int16"),

@@ -65,15 +65,17 @@ def test_merged_and_forward_weights_are_the_same(kernels, monkeypatch, dither):
     assert set(kernels) == {"form"}
 
 
+@pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("update_only", [False, True])
-def test_forming_the_weight(kernels, monkeypatch, update_only):
+def test_forming_the_weight(kernels, monkeypatch, update_only, lora_r):
     monkeypatch.setattr(heuristics, "DITHER", True)
     _, W0, A, B, _ = tensors(1, torch.bfloat16)
     A, B = A.detach().round() / 4, B.detach().mul(100).round() / 64  # sums of which are exact in any order
-    formed = effective_weight.form(W0, A, B, 0, torch.bfloat16, update_only=update_only)
+    formed = effective_weight.form(W0, A, B, lora_r, torch.bfloat16, update_only=update_only)
+    assert set(kernels) == {"form"}
     monkeypatch.undo()
     monkeypatch.setattr(heuristics, "DITHER", True)
-    assert_same_bits([formed], [effective_weight.form(W0, A, B, 0, torch.bfloat16, update_only=update_only)])
+    assert_same_bits([formed], [effective_weight.form(W0, A, B, lora_r, torch.bfloat16, update_only=update_only)])
 
 
 def test_a_base_that_trains(kernels):

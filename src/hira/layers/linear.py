@@ -72,10 +72,8 @@ class Linear(HiraLayer):
         return base.in_features, base.out_features
 
     def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        if inference_cache.is_open and (weight := self._cached_weight(x, names)) is not None:
-            bias = self.storage.bias
-            return F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
-        return self._linear(x, names, self.storage.bias)
+        y = self._product_with_cached(x, names) if inference_cache.is_open else None
+        return self._linear(x, names, self.storage.bias) if y is None else y
 
     def _update(self, x: Tensor, names: Sequence[str], dropout: nn.Module | None = None) -> Tensor:
         return self._linear(x if dropout is None else dropout(x), names, None, update_only=True)
@@ -108,57 +106,66 @@ class Linear(HiraLayer):
         self, x: Tensor, names: Sequence[str], stored: Stored, factors: tuple[Tensor, Tensor, int]
     ) -> Tensor | None:
         """W' for a product with x, kept while A, B and W0 are what they are; None where none is kept."""
-        found = self._sources(x, names, stored)
-        if found is None:
+        sources, dtype = self._sources(x, names, stored)
+        if dtype is None or not self._can_keep(sources):
             return None
-        sources, dtype = found
-        form = partial(_formed, stored, factors, dtype)
-        return kept_weight.get(self, sources, [self._scale(name) for name in names], dtype, form)
+        scales = [self._scale(name) for name in names]
+        return kept_weight.get(self, sources, scales, dtype, partial(_form, stored, factors, dtype))
+
+    def _product_with_cached(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+        weight, bias = self._cached_weight(x, names), self.storage.bias
+        return None if weight is None else F.linear(x, weight, bias if bias is None else bias.to(weight.dtype))
 
     def _cached_weight(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """W' for generation, kept from token to token; None where it is better formed as it is used."""
-        if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled() or heuristics.plain():
             return None
         stored = self.storage.saved_for_backward()
-        found = self._sources(x, names, stored) if stored[1] is None else None
-        if found is None:
+        sources, dtype = self._sources(x, names, stored)
+        if dtype is None or stored[1] is not None:
             return None
-        sources, dtype = found
         key, scales = (self, tuple(names)), [self._scale(name) for name in names]
         weight = inference_cache.get(key, sources, scales, dtype)
-        if weight is None and heuristics.keeps_weight(x):
-            form = partial(_formed, stored, self._factors(names), dtype)
+        if weight is None and heuristics.keeps_weight(x) and self._can_keep(sources):
+            form = partial(_form, stored, self._factors(names), dtype)
             weight = inference_cache.put(key, sources, scales, dtype, form)
         return weight
 
-    def _sources(self, x: Tensor, names: Sequence[str], stored: Stored) -> tuple[list[Tensor], torch.dtype] | None:
+    def _sources(self, x: Tensor, names: Sequence[str], stored: Stored) -> tuple[list[Tensor], torch.dtype | None]:
         """What W' of some adapters is formed from, the base weight first, and the dtype of a product of x with it.
 
-        None where W' cannot be kept: code is traced, the weight is spread over processes, or a tensor has no numbers
-        here or no version that tells when they change.
+        The dtype is None where x has another.
         """
-        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
-            return None
         W0, dequantize = stored
         sources = [self.storage.stored, *(factor for name in names for factor in self.parameters_of(name))]
-        if any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources):
-            return None
         dtype = effective_weight.product_dtype(x, W0.dtype if dequantize is None else x.dtype)
-        return (sources, dtype) if x.dtype == dtype or effective_weight.autocasts(x.device) else None
+        return sources, dtype if x.dtype == dtype or effective_weight.autocasts(x.device) else None
+
+    def _can_keep(self, sources: Sequence[Tensor]) -> bool:
+        """Whether a W' may outlive its product; asked before it is formed.
+
+        Not where code is traced, the weight is spread over processes, or a tensor has no numbers here or no version
+        that tells when they change.
+        """
+        if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
+            return False
+        return not any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources)
 
     def _mixed_parts(self, x: Tensor, rows: dict[str, list[int]], *args: Any, **kwargs: Any) -> list[Tensor]:
         tokens_per_row = x[0].numel() // x.shape[-1]
-        single = [name for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1]
+        single = {name: rows[name][0] for name in rows if name != BASE and len(rows[name]) * tokens_per_row == 1}
         W0, dequantize = self.storage.saved_for_backward()
-        one_product = not (args or kwargs or dequantize or self._dropped(single)) and self._is_plain()
-        if one_product and inference_cache.is_open:  # with W' of each adapter at hand, a product for each costs less
-            single = [name for name in single if self._cached_weight(x, [name]) is None]
-        if len(single) < 2 or not one_product:
+        if args or kwargs or dequantize or self._dropped(list(single)) or not self._is_plain():
             return super()._mixed_parts(x, rows, *args, **kwargs)
-        tokens = x[[rows[name][0] for name in single]].reshape(-1, x.shape[-1])
-        factors = [self._factors([name]) for name in single]
-        y = ops.linear_each(tokens, W0, factors, self.storage.bias)
-        found = dict(zip(single, y.view(len(single), 1, *x.shape[1:-1], -1), strict=True))
+        found: dict[str, Tensor] = {}
+        if inference_cache.is_open:  # with W' of each adapter at hand, a product for each costs less
+            products = {name: self._product_with_cached(x[row : row + 1], [name]) for name, row in single.items()}
+            found = {name: y for name, y in products.items() if y is not None}
+        formed = [name for name in single if name not in found]
+        if len(formed) > 1:
+            tokens = x[[single[name] for name in formed]].reshape(-1, x.shape[-1])
+            y = ops.linear_each(tokens, W0, [self._factors([name]) for name in formed], self.storage.bias)
+            found.update(zip(formed, y.view(len(formed), 1, *x.shape[1:-1], -1), strict=True))
         others = {name: rows[name] for name in rows if name not in found}
         found.update(zip(others, super()._mixed_parts(x, others), strict=True))
         return [found[name] for name in rows]
@@ -170,6 +177,6 @@ class Linear(HiraLayer):
         return W0.t() if self.fan_in_fan_out else W0
 
 
-def _formed(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
+def _form(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     W0, dequantize = stored
-    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype)
+    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype, out=out)

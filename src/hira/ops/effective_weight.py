@@ -137,28 +137,31 @@ def block(
         return _formed(W0, by, workspace.dtype, workspace, out)
 
 
-def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
+def whole(W0: Tensor, by: Modulation, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """`block` of a weight that is one block, and so small that memory of its own costs nothing."""
-    return _formed(W0, by, dtype, None)
+    return _formed(W0, by, dtype, None, out)
 
 
 def _formed(
     W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None, out: Tensor | None = None
 ) -> Tensor:
-    if heuristics.triton(W0) and not by.lora_r:
+    if heuristics.triton(W0):
         from hira.ops import triton
 
-        A, B, _, noise, update_only = by
-        kernel = partial(triton.form, W0, A, B, dtype, update_only=update_only, noise=noise, out=out)
-        if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None)):
+        A, B, lora_r, noise, update_only = by
+        kernel = partial(triton.form, W0, A, B, dtype, lora_r=lora_r, update_only=update_only, noise=noise, out=out)
+        if kernel_choice.serves("form", W0, dtype, kernel, partial(_formed_by_pytorch, W0, by, dtype, None, None)):
             return kernel()
-    formed = _formed_by_pytorch(W0, by, dtype, workspace)
-    return formed if out is None else out.copy_(formed)
+    return _formed_by_pytorch(W0, by, dtype, workspace, out)
 
 
-def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None) -> Tensor:
+def _formed_by_pytorch(
+    W0: Tensor, by: Modulation, dtype: torch.dtype, workspace: Workspace | None, out: Tensor | None
+) -> Tensor:
     A, B, lora = split(by.A, by.B, by.lora_r)
-    if workspace is not None:
+    if out is not None and out.dtype == B.dtype:
+        BA = torch.mm(B, A, out=out)
+    elif workspace is not None:
         BA = torch.mm(B, A, out=workspace.exact(W0))
     elif W0.stride(0) < W0.stride(1):  # in W0's memory layout, as the workspace has it
         BA = torch.mm(B, A, out=B.new_empty(A.shape[1], B.shape[0]).t())
@@ -167,7 +170,10 @@ def _formed_by_pytorch(W0: Tensor, by: Modulation, dtype: torch.dtype, workspace
     if dtype == BA.dtype:
         exact = _apply(W0, BA, by.update_only)
         return exact if lora is None else _add_product(exact, *lora)
-    formed = torch.empty_like(BA, dtype=dtype) if workspace is None else workspace.rounded(W0)
+    if out is not None:
+        formed = out
+    else:
+        formed = torch.empty_like(BA, dtype=dtype) if workspace is None else workspace.rounded(W0)
     if not heuristics.on_cpu(W0.device):  # one operation reads W0 as it is stored, and rounds if that is to nearest
         if lora is None and by.noise is None:
             return _apply(W0, BA, by.update_only, out=formed)
@@ -244,13 +250,25 @@ def plain_weight(
         return exact.to(dtype)
 
 
-def form(W0: Tensor, A: Tensor, B: Tensor, lora_r: int, dtype: torch.dtype, *, update_only: bool = False) -> Tensor:
-    """Form W', or the update ``W0 * BA + L2 L1``, block by block, rounded once to ``dtype``, without autograd."""
+def form(
+    W0: Tensor,
+    A: Tensor,
+    B: Tensor,
+    lora_r: int,
+    dtype: torch.dtype,
+    *,
+    update_only: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Form W', or the update ``W0 * BA + L2 L1``, block by block, rounded once to ``dtype``, without autograd.
+
+    It is written to out, of W0's memory layout, if there is one.
+    """
     with torch.no_grad(), no_autocast(W0.device):
         by = modulation(W0, A, B, lora_r, dtype, update_only=update_only)
         if heuristics.is_small(W0):
-            return whole(W0, by, dtype)
-        out = torch.empty_like(W0, dtype=dtype)
+            return whole(W0, by, dtype, out)
+        out = torch.empty_like(W0, dtype=dtype) if out is None else out
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
             block(W0[rows], by, workspace, rows, out=out[rows])

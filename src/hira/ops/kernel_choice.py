@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 SHAPES = ((1, 1, 1), (63, 65, 3), (200, 130, 33), (256, 512, 32))  # out, in, r
 REPEATS = 5
-FORMAT = 2  # of the cache file
+FORMAT = 3  # of the cache file
 PATIENCE = 60.0  # seconds that a process waits for the verdict of another
 
 
@@ -176,6 +176,10 @@ def errors(name: str, stored: torch.dtype, dtype: torch.dtype, device: torch.dev
             yield distance(function(W0, A, B, dtype), exact)
             if dtype != torch.float32:
                 yield distance(function(W0, A, B, dtype, noise=noise_of(W0)), exact)
+            if r > 1:  # A and B once more, as those of a HiRA and a LoRA
+                A_, B_ = A.double(), B.double()
+                exact = reference.modulated_weight(W0.double(), A_[:-1], B_[:, :-1], A_[-1:], B_[:, -1:])
+                yield distance(function(W0, A, B, dtype, lora_r=1), exact)
         elif name == "decode":
             for tokens in (1, 5, 16):
                 yield distance(function(x[:tokens], W0, A, B), x[:tokens].double() @ exact.t())
