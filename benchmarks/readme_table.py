@@ -14,8 +14,9 @@ from benchmarks.comparison.report import by_case, find, ratio
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs/performance.md"
 RESULTS = {
-    "bfloat16": [ROOT / "benchmarks/results/cpu_bfloat16.json"],
-    "float32": [ROOT / "benchmarks/results/cpu.json"],
+    "bfloat16, two CPU cores": ROOT / "benchmarks/results/cpu_bfloat16.json",
+    "float32, two CPU cores": ROOT / "benchmarks/results/cpu.json",
+    "bfloat16, one H200": ROOT / "benchmarks/results/h200/triton.json",
 }
 BEGIN, END = "<!-- benchmarks/readme_table.py writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = ("hira", "hira, int8 gradient", "hira, weight kept", "PEFT's HiRA", "DoRA", "full fine-tuning")
@@ -24,32 +25,33 @@ FEW_COLUMNS = ("hira", "PEFT's HiRA", "DoRA", "full fine-tuning")
 FEW_CASES = (
     "linear 2048 x 2048, 1024 tokens",
     "linear 2048 x 2048, 4096 tokens",
+    "linear 4096 x 4096, 4096 tokens",
     "Llama, 8 layers, width 1024, 2 x 512 tokens",
 )
 
 
 def tables() -> list[str]:
-    """A table for each dtype of base models, in Markdown."""
+    """A table for each dtype of base models and machine, in Markdown."""
     lines = []
-    for dtype, paths in RESULTS.items():
+    for name, path in RESULTS.items():
         head = ("", "LoRA", *(f"{name} / LoRA" for name in COLUMNS))
-        rows = [row for case, group in _cases(paths).items() for row in _rows(case, group, COLUMNS)]
-        lines += [f"**{dtype}** base models, float32 adapters:", "", *_table(head, rows), ""]
+        rows = [row for case, group in _cases(path).items() for row in _rows(case, group, COLUMNS)]
+        lines += [f"**{name}**", "", *_table(head, rows), ""]
     return lines[:-1]
 
 
 def few_rows() -> list[str]:
-    """The README's table: its cases of each dtype."""
+    """The README's table: its cases, of those that a file has."""
     rows = []
-    for dtype, paths in RESULTS.items():
-        cases = _cases(paths)
-        for case in FEW_CASES:
-            rows += [(dtype, *row) for row in _rows(case, cases[case], FEW_COLUMNS)]
-    return _table(("base model", "a step", "LoRA", *(f"{name} / LoRA" for name in FEW_COLUMNS)), rows)
+    for name, path in RESULTS.items():
+        cases = _cases(path)
+        for case in filter(cases.__contains__, FEW_CASES):
+            rows += [(name, *row) for row in _rows(case, cases[case], FEW_COLUMNS)]
+    return _table(("base model, machine", "a step", "LoRA", *(f"{name} / LoRA" for name in FEW_COLUMNS)), rows)
 
 
-def _cases(paths: list[Path]) -> dict[str, list[comparison.Record]]:
-    return by_case([record for path in paths for record in comparison.load(path)[0]])
+def _cases(path: Path) -> dict[str, list[comparison.Record]]:
+    return by_case(comparison.load(path)[0])
 
 
 def _rows(case: str, group: list[comparison.Record], columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -81,5 +83,6 @@ def with_lines(page: str, begin: str, lines: list[str]) -> str:
 if __name__ == "__main__":
     for page, lines in {PAGE: tables(), README: few_rows()}.items():
         page.write_text(with_lines(page.read_text(), BEGIN, lines))
-    for paths in RESULTS.values():
-        comparison.plot(comparison.load(paths[0])[0], paths[0].with_suffix(".png"))
+    for path in RESULTS.values():
+        if path.parent.name == "results":  # the H200's run has one case
+            comparison.plot(comparison.load(path)[0], path.with_suffix(".png"))
