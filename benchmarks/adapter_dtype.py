@@ -5,7 +5,7 @@
 A tiny language model (tiny_lm.py) is quantised to 4 bits and adapted to other text under bfloat16 autocast, as TRL
 trains by default, with A and B in float32, in bfloat16, and in bfloat16 beside float32 copies that the optimiser steps,
 which is what DeepSpeed does. The arms of a seed have the same start and batches. The results of a seed are added to the
-JSON file; without a seed, the table of docs/training.md is printed from what is there.
+JSON file; without a seed, the table of docs/learning_rate.md is printed from what is there.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def test_the_documentation_has_the_table_of_the_committed_dtypes():
 
     seeds = json.loads(adapter_dtype.RESULTS.read_text())["seeds"]
     assert len(seeds) >= 3
-    assert "\n".join(adapter_dtype.table(seeds)) in (FOLDER.parent / "docs" / "training.md").read_text()
+    assert "\n".join(adapter_dtype.table(seeds)) in (FOLDER.parent / "docs" / "learning_rate.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +36,86 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_the_readme_has_the_table_of_the_committed_results():
+def test_the_pages_have_the_tables_of_the_committed_results():
     import readme_table
 
-    readme = readme_table.README.read_text()
-    assert readme_table.with_table(readme) == readme
-    assert "| hira / LoRA |" in readme
+    for page, lines in {readme_table.PAGE: readme_table.tables(), readme_table.README: readme_table.few_rows()}.items():
+        text = page.read_text()
+        assert readme_table.with_lines(text, readme_table.BEGIN, lines) == text
+        assert "| hira / LoRA |" in text
+
+
+# what the text says of the tables: a page's section, dtype, case, methods
+SAID = [
+    ("performance.md", "When to keep W'", "bfloat16", "linear 2048 x 2048, 1024 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "bfloat16", "linear 2048 x 2048, 32 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "float32", "linear 2048 x 2048, 32 tokens", ("hira", "hira, weight kept")),
+    ("performance.md", "When to keep W'", "float32", "tokens, recomputed", ("hira", "hira, weight kept")),
+    ("architecture.md", "The product for dA", "float32", "linear 2048 x 2048, 1024 tokens", ("hira", "int8")),
+    ("architecture.md", "The product for dA", "float32", "linear 2048 x 2048, 4096 tokens", ("hira", "int8")),
+]
+
+
+@pytest.mark.parametrize(("page", "section", "dtype", "case", "methods"), SAID)
+def test_the_text_says_what_the_tables_say(page, section, dtype, case, methods):
+    import readme_table
+
+    text = (FOLDER.parent / "docs" / page).read_text().partition(f"## {section}")[2].partition("\n## ")[0]
+    table = "\n".join(readme_table.tables()).partition(f"**{dtype},")[2].partition("\n**")[0]
+    row = next(line for line in table.splitlines() if f"{case} |" in line).strip("|").split(" | ")
+    for method in methods:
+        column = {"hira": 2, "int8": 3, "hira, weight kept": 4}[method]
+        assert re.search(rf"\b{re.escape(row[column].strip())}\b", text), (method, row)
+
+
+def test_the_rows_of_8_bit_gradients_are_those_of_the_results():
+    from benchmarks.int8_gradient import RESULTS as path
+    from benchmarks.int8_report import spread
+
+    runs = [run["arms"] | {"task": run["task"]} for run in json.loads(path.read_text()) if "arms" in run]
+    text = (FOLDER.parent / "docs" / "architecture.md").read_text()
+    for name, task, metric in (
+        ("demo's task, test accuracy", "docstrings", "test accuracy"),
+        ("demo's task, validation loss", "docstrings", "validation loss"),
+        ("tiny language model, validation loss", "tiny_lm", "validation loss"),
+    ):
+        pairs = [(run["exact"]["final"][metric], run["int8"]["final"][metric]) for run in runs if run["task"] == task]
+        exact, change = spread([a for a, _ in pairs], ""), spread([b - a for a, b in pairs], "+")
+        assert f"| {name} | {exact} | {change} |" in text
+
+
+def test_the_rows_of_roundings_are_those_of_the_results():
+    from benchmarks import bfloat16_rounding as rounding
+
+    seeds = json.loads(rounding.RESULTS.read_text())["seeds"]
+    text = (FOLDER.parent / "docs" / "concepts.md").read_text()
+    for arm, name in {
+        rounding.NEAREST: "to nearest",
+        rounding.DITHER: "dither",
+        "PEFT's HiRA": "PEFT's HiRA, two products",
+    }.items():
+        both = [
+            rounding.spread(each, 5)
+            for rate in map(str, rounding.RATES)
+            for each in rounding.distances(seeds, rate, arm)
+        ]
+        assert f"| {name} | {' | '.join(both)} |" in text
+
+
+def test_the_times_of_merging_are_those_of_the_results():
+    from benchmarks import merge
+
+    text = (FOLDER.parent / "docs" / "checkpoints.md").read_text()
+    for record in json.loads(merge.RESULTS.read_text()):
+        for model in record["models"]:
+            seconds, peaks = model["median_seconds"], model["peak_bytes"]
+            row = f"| {model['bytes'] / 1e9:.2f} GB of {record['settings']['dtype']}"
+            (line,) = [line for line in text.splitlines() if line.startswith(row)]
+            assert f"| {seconds['cp -r']:.1f} s |" in line
+            assert f"| {seconds['hira merge']:.1f} s, peak {peaks['hira merge'] / 1e6:.0f} MB |" in line
+            if peft := seconds.get("PEFT's HiRA"):
+                peak = peaks["PEFT's HiRA"] / 1e9
+                assert f"| {peft:.1f} s, peak {peak:.1f} GB |" in line
 
 
 def test_the_page_on_performance_has_the_computed_table():

@@ -24,7 +24,7 @@ def study():
 def test_the_documentation_shows_the_results(study):
     table = list(study.table(RESULTS))
     assert len(table) > 20
-    assert "\n".join(table) in (ROOT / "docs" / "training.md").read_text()
+    assert "\n".join(table) in (ROOT / "docs" / "learning_rate.md").read_text()
 
 
 def test_lora_s_best_rate_serves_hira_with_alpha(study):

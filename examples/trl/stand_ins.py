@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,8 @@ def functions() -> list[tuple[str, str]]:
             if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
                 found.append((f"def {node.name}({ast.unparse(node.args)}):\n", text.partition("\n")[0]))
     return found
+
+
+if __name__ == "__main__":  # python examples/trl/stand_ins.py FOLDER saves both, in place of a model from the hub
+    for part in language_model(None):
+        part.save_pretrained(sys.argv[1])

@@ -7,7 +7,7 @@ Three models that this script trains itself, and MiniLM, are adapted to another 
 of parameters, at the same rates: LoRA; HiRA; HiRA with `hira_alpha`; and HiRA with A's start times the same scale
 instead. All use Adam without weight decay, a cosine schedule and alpha = 2 r. The adapters are on every linear layer
 and convolution, in MiniLM on query, key and value; its new head trains too, at a rate of its own that is the same for
-all. A run that is in RESULTS already is not repeated. `table` writes what docs/training.md shows.
+all. A run that is in RESULTS already is not repeated. `table` writes what docs/learning_rate.md shows.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def conv(
     G * W0 backward, whole, each freed before the function returns; a convolution is not split over its output channels,
     because each part would lay the input out again.
 
-    Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/architecture.md.
+    Source: HiRA (ICLR 2025), equation 5, over flattened kernels; docs/concepts.md.
     """
     dtype = product_dtype(x, W0.dtype)
     x = cast_as_autocast(x, dtype)

@@ -2,7 +2,7 @@
 
 The noise of entry (i, j) is the product of two odd 16-bit integers, hashes of i and of j, wrapped to 16 bits. It is
 added to the bits that rounding drops: an entry is rounded up with the probability that its distance from the number
-below demands, over the entries of a weight, and always in the same way. The argument is in docs/architecture.md.
+below demands, over the entries of a weight, and always in the same way. The argument is in docs/concepts.md.
 """
 
 from __future__ import annotations

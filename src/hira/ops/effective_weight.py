@@ -4,7 +4,7 @@ The functions take the factors joined, A (r + lora_r, in) over L1 and B (out, r 
 is 0 for HiRA without LoRA: then W' = W0 * (1 + BA). "BA" stands for the product of the first r rows of A and columns of
 B, and L2 L1 for that of the others.
 
-Derivations, the order of roundings and the choice of blocks are in docs/architecture.md.
+Derivations and the order of roundings are in docs/concepts.md, the choice of blocks in docs/architecture.md.
 """
 
 from __future__ import annotations

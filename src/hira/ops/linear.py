@@ -77,7 +77,7 @@ def linear(
     4 T m n + 6 R m n backward, 2 T m n of these in integers with "int8". Kept for backward: x, or its codes and a
     scale for each of their columns, `weight`, A and B. Temporaries: one block of W' or of G.
 
-    Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
+    Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/concepts.md.
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
     x, bias = cast_as_autocast(x, dtype), bias if bias is None else bias.to(dtype)

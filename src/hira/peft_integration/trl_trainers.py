@@ -40,7 +40,7 @@ def keeping_float32(named_parameters: Callable[..., Any]) -> Callable[..., Any]:
     """Make `PeftModel.named_parameters` leave out A and B where the constructor of a trainer of TRL asks.
 
     Where W0 has 4 or 8 bits it asks for what to cast to bfloat16, in which small steps of A and B are lost
-    (docs/training.md). FSDP and DeepSpeed take one dtype for what trains: there nothing is left out.
+    (docs/learning_rate.md). FSDP and DeepSpeed take one dtype for what trains: there nothing is left out.
     """
 
     @functools.wraps(named_parameters)

@@ -16,8 +16,8 @@ from hira.layers.embedding import Embedding
 from hira.training.measures import samples
 from hira.tuner.model import hira_layers
 
-# docs/training.md has the study. Up to this rate times the number of steps, HiRA without hira_alpha ended behind its
-# own best on every model and rank; LoRA was near its best there on the decoders.
+# docs/learning_rate.md has the study. Up to this rate times the number of steps, HiRA without hira_alpha ended behind
+# its own best on every model and rank; LoRA was near its best there on the decoders.
 LORA_LIKE = 0.36
 # The study's layers are 19 to 39 times behind LoRA's; where W0 is so large that little is missing, nothing is said.
 BEHIND = 10
@@ -46,7 +46,7 @@ def check_learning_rate(model: nn.Module, optimizer: Any, steps: int) -> None:
 
     Cost: some rows of each weight are read.
 
-    Source: docs/training.md, the learning rate.
+    Source: docs/learning_rate.md.
     """
     while hasattr(optimizer, "optimizer"):  # of accelerate, DeepSpeed
         optimizer = optimizer.optimizer
@@ -72,7 +72,7 @@ def check_learning_rate(model: nn.Module, optimizer: Any, steps: int) -> None:
             f"HiRA is about to train without hira_alpha at a learning rate of {rate:.2g} for {steps} steps. Its first "
             f"step is {behind:.0f} times smaller than that of a LoRA with lora_alpha = 2 r at this rate. Set "
             f"hira_alpha={2 * r} in HiraConfig (2 r) to train at LoRA's rate, or try a rate near {FASTER * rate:.2g}; "
-            "the section on the learning rate in hira's docs/training.md has the figures.",
+            "hira's docs/learning_rate.md has the figures.",
             stacklevel=2,
         )
 

@@ -105,7 +105,7 @@ def factor_gradients(dy: Tensor, x: Tensor, W0: Tensor, A: Tensor, B: Tensor) ->
     parts of dA and dB: in half precision on a data centre's GPU r / 128 float32 for each entry of the block, and at
     most 132 times 128 r.
 
-    Source: docs/architecture.md.
+    Source: docs/concepts.md.
     """
     check_weight("factor_gradients", W0, A, B)
     check_dtype("factor_gradients", "x", x.dtype)

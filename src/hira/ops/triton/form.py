@@ -137,7 +137,7 @@ def form(
     each on tensor cores, which leave them within 2**-16. W0 is read once and W' written once. A is read out / 64 times,
     B in / 64 times, mostly from cache. No temporaries.
 
-    Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/architecture.md.
+    Source: HiRA (ICLR 2025), equation 5; the dither is explained in docs/concepts.md.
     """
     check_weight("form", W0, A, B)
     check_dtype("form", "the result", dtype)
