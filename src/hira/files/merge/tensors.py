@@ -63,6 +63,19 @@ class Workers:
             yield ahead.popleft().result()
 
 
+def whole_tensor(planned: PlannedTensor, workers: Workers) -> Tensor:
+    """Make a planned tensor in memory, from the parts of which a file would be made."""
+    entry, done = planned.entry, 0
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    into = tensor_bytes(tensor)
+    for data in workers.results(planned.parts()):
+        into[done : done + len(data)] = data
+        done += len(data)
+    if done != len(into):
+        raise HiraError(f"{entry.name} should have {len(into)} bytes, but {done} were made; this is an error of hira.")
+    return tensor
+
+
 def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
     """Plan a tensor with the bytes of one in a file."""
     begin, end = entry.begin, entry.begin + entry.nbytes
