@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -71,12 +72,15 @@ class HiraModelLoader(DefaultModelLoader):
         """The tensors of the merged model; adapters for a model that is in memory already are checked here."""
         if not self._model:
             merged = self._prepare(model_config)
-            tied = getattr(model_config.hf_config, TIES, False)
-            if tied if _unties(merged) else not tied and merged.parameters.config.get(TIES):
+            # vLLM ties a head of the files' own again where it is the same
+            tied, own = getattr(model_config.hf_config, TIES, False), model_config.word_embeddings_untied_by_checkpoint
+            if tied or own if _unties(merged) else not (tied or own) and merged.parameters.config.get(TIES):
                 raise HiraError(
                     f"{', '.join(str(adapter.path) for adapter in merged.adapters)}: the head and the embeddings share "
                     "a weight with these adapters or in the model that is served, and not in the other. Restart vLLM."
                 )
+            for _ in merged.tensors((name, torch.empty(0)) for name in merged.plan.changed):
+                pass  # W' that is not finite is found before a weight changes
         tensors: Iterator[tuple[str, Tensor]] = super().get_all_weights(model_config, model)
         return tensors
 

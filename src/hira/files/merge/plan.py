@@ -121,7 +121,8 @@ class Plan:
         prefix, shards = self.prefix, []
         for name, header in self._parameters.folder.shards.items():
             tensors = [self.changed.get(e.name) or self._unchanged(e.name, header, e) for e in header.entries.values()]
-            source = header if all(tensor.copied for tensor in tensors) and not prefix else None
+            same = not self.changed.keys() & header.entries.keys() and all(tensor.copied for tensor in tensors)
+            source = header if same and not prefix else None
             tensors = [
                 tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors
             ]

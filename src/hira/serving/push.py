@@ -1,0 +1,78 @@
+"""Other adapters for a vLLM server that runs: it loads the model's weights again, in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from hira.errors import HiraError
+
+PathLike = str | os.PathLike[str]
+
+
+def push(
+    adapters: Sequence[PathLike],
+    url: str,
+    *,
+    weights: Sequence[float] | None = None,
+    any_base: bool = False,
+    allow_pickle: bool = False,
+    timeout: float = 3600,
+) -> None:
+    """Have a vLLM server with the load format "hira" serve other adapters in the place of its own.
+
+    Requests that run are answered first, by the old adapters; later ones wait, and are answered by the new ones. The
+    server checks the adapters before it changes a weight, and goes on with the old ones where it refuses them.
+
+    Args:
+        adapters: their folders, as the server finds them, or their names on the hub.
+        url: the server's, such as "http://localhost:8000"; it runs with ``VLLM_SERVER_DEV_MODE=1``.
+        weights: w_i, a number for each adapter; 1 by default.
+        any_base: load adapters of another model too.
+        allow_pickle: read an adapter's `adapter_model.bin`, where it has no safetensors.
+        timeout: the longest wait for an answer of the server, in seconds.
+
+    Raises:
+        HiraError: the server cannot be reached, has no such endpoints, or refuses the adapters.
+    """
+    extra: dict[str, Any] = {"adapters": [_absolute(adapter) for adapter in adapters]}
+    if weights is not None:
+        extra["weights"] = [float(weight) for weight in weights]
+    extra |= {name: True for name, flag in (("any_base", any_base), ("allow_pickle", allow_pickle)) if flag}
+    config = {"load_config": {"load_format": "hira", "model_loader_extra_config": extra}}
+    _post(url, "pause?mode=wait", {}, timeout)
+    try:
+        _post(url, "collective_rpc", {"method": "update_config", "args": [config]}, timeout)
+        _post(url, "collective_rpc", {"method": "reload_weights"}, timeout)
+    finally:
+        _post(url, "resume", {}, timeout)
+
+
+def _absolute(adapter: PathLike) -> str:
+    """A folder that is here by its whole path, since the server may have started in another one."""
+    return str(Path(adapter).absolute()) if os.path.isdir(adapter) else os.fspath(adapter)
+
+
+def _post(url: str, path: str, content: dict[str, Any], timeout: float) -> None:
+    address = f"{url.rstrip('/')}/{path}"
+    if not address.startswith(("http://", "https://")):
+        raise HiraError(f"{url} is not the address of a server, such as http://localhost:8000.")
+    data = json.dumps(content).encode()
+    try:
+        with urlopen(Request(address, data, {"Content-Type": "application/json"}), timeout=timeout) as answer:
+            answer.read()
+    except HTTPError as error:
+        if error.code == 404:
+            raise HiraError(
+                f"{url} has no endpoint {path}: start vLLM with VLLM_SERVER_DEV_MODE=1, and let nobody else reach it."
+            ) from error
+        said = " ".join(error.read().decode(errors="replace").split())[:2000]
+        raise HiraError(f"{url} refused the adapters: {said}") from error
+    except (OSError, HTTPException) as error:
+        raise HiraError(f"{url} cannot be reached at {path}: {error}.") from error
