@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # which need not import everything again
     # without it vLLM on a CPU waits for a library that it does not find
     "LD_PRELOAD": str(Path(sys.prefix, "lib", "libiomp5.so")),
 }
@@ -135,41 +137,69 @@ def assert_same_answers(found: list[Answer], wanted: list[Answer]) -> None:
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), **CLOSE)
 
 
-@pytest.mark.parametrize("name", serving_models.CASES)
+def merged(folder: Path, adapters: list[Path]) -> Path:
+    """The folder of a merged model, written by `hira merge`."""
+    out = folder / f"merged-{len(adapters)}"
+    merge_checkpoint(folder / "base", adapters, out)
+    return out
+
+
+def assert_serves(hira: Server, other: Server, model: Path) -> list[Answer]:
+    """One server answers as another does, and as transformers does with a merged folder; return the answers."""
+    found = hira.answers()
+    assert_same_answers(found, other.answers())
+    assert_same_answers(found, expected(model))
+    return found
+
+
+def tokens_of(answers: list[Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]
+
+
+@contextmanager
+def both_servers(folder: Path, adapters: list[Path], model: Path) -> Iterator[tuple[Server, Server]]:
+    """A server of a base model with adapters, and one of the merged folder; they start at the same time."""
+    logs = [folder / f"{kind}-{len(adapters)}.log" for kind in ("hira", "merged")]
+    with serving(folder / "base", logs[0], adapters) as hira, serving(model, logs[1]) as other:
+        hira.wait()
+        other.wait()
+        yield hira, other
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen"])
 def test_answers_are_those_of_the_merged_folder_and_of_transformers(name, tmp_path):
     """With both adapters from the start, then with the first alone, without a restart."""
     folder = serving_models.made(name, tmp_path)
-    both = [folder / "a0", folder / "a1"]
-    for out, adapters in (("both", both), ("one", both[:1])):
-        merge_checkpoint(folder / "base", adapters, folder / out)
-    with (
-        serving(folder / "base", tmp_path / "hira.log", both) as hira,
-        serving(folder / "both", tmp_path / "log") as other,
-    ):
-        hira.wait()
-        other.wait()
-        wanted = other.answers()
-        assert_same_answers(hira.answers(), wanted)
-        assert_same_answers(hira.answers(), expected(folder / "both"))
-        assert [answer.tokens for answer in wanted] != [answer.tokens for answer in expected(folder / "base")]
-
-        push(both[:1], hira.url)
+    two, one = [folder / "a0", folder / "a1"], [folder / "a0"]
+    models = [merged(folder, adapters) for adapters in (two, one)]
+    with both_servers(folder, two, models[0]) as (hira, other):
+        before = assert_serves(hira, other, models[0])
+        push(one, hira.url)
         post(f"{other.url}/pause?mode=wait", {})
-        post(
-            f"{other.url}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder / "one")}}
-        )
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(models[1])}}
+        post(f"{other.url}/collective_rpc", reload)
         post(f"{other.url}/resume", {})
-        one = hira.answers()
-        assert_same_answers(one, other.answers())
-        assert_same_answers(one, expected(folder / "one"))
-        assert [answer.tokens for answer in one] != [answer.tokens for answer in wanted]
-
+        after = assert_serves(hira, other, models[1])
+        assert tokens_of(before) != tokens_of(after) != tokens_of(expected(folder / "base"))
         if name == "qwen":  # whose second adapter leaves the head tied to the embeddings
             with pytest.raises(HiraError, match=r"share.*Restart"):
-                push(both[1:], hira.url)
+                push([folder / "a1"], hira.url)
         with pytest.raises(HiraError, match="nowhere"):
             push([Path("nowhere")], hira.url)
-        assert hira.answers() == one
+        assert hira.answers() == after
+
+
+def test_a_model_with_experts(tmp_path):
+    folder = serving_models.made("mixtral", tmp_path)
+    found = []
+    for adapters in ([folder / "a0", folder / "a1"], [folder / "a0"]):
+        model = merged(folder, adapters)
+        with both_servers(folder, adapters, model) as (hira, other):
+            found.append(assert_serves(hira, other, model))
+            with pytest.raises(HiraError, match=r"experts.*restart"):
+                push(adapters, hira.url)
+            assert hira.answers() == found[-1]
+    assert tokens_of(found[0]) != tokens_of(found[1]) != tokens_of(expected(folder / "base"))
 
 
 def spoiled(folder: Path, kind: str) -> Path:
@@ -205,16 +235,17 @@ import json, sys
 from vllm import LLM, SamplingParams
 from hira import HiraError
 
-model, right, *wrong = sys.argv[1:]
+model, right, wrong, prompts = json.load(sys.stdin)
 options = dict(load_format="hira", dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8)
+options["distributed_executor_backend"] = "uni"
 errors = []
-for adapter in wrong:
+for extra in wrong:
     try:
-        LLM(model, model_loader_extra_config={"adapters": [adapter]}, distributed_executor_backend="uni", **options)
-    except HiraError as error:
-        errors.append(str(error))
-llm = LLM(model, model_loader_extra_config={"adapters": [right]}, distributed_executor_backend="uni", **options)
-prompts = [{"prompt_token_ids": prompt} for prompt in json.load(sys.stdin)]
+        LLM(model, model_loader_extra_config=extra, **options)
+    except (HiraError, ValueError) as error:
+        errors.append(f"{type(error).__name__}: {error}")
+llm = LLM(model, model_loader_extra_config=right, **options)
+prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
 print("FOUND", json.dumps([errors, [list(output.outputs[0].token_ids) for output in outputs]]))
 """
@@ -222,24 +253,41 @@ print("FOUND", json.dumps([errors, [list(output.outputs[0].token_ids) for output
 
 def test_in_a_process_of_ones_own(tmp_path):
     folder = serving_models.made("llama", tmp_path)
-    named = {
-        "lora": r"lora.*peft_type 'LORA'",
-        "nan": r"tensor 'base_model\.model\.\S+' of the adapter \S+/nan has a NaN",
-        "incomplete": r"incomplete has no adapter_model\.safetensors",
-        "stranger": r"the adapter \S+/stranger was trained on \S+/other, and the weights of \S+/base are others",
-    }
-    folders = [folder / "base", folder / "a0", *(spoiled(folder, kind) for kind in named)]
+    resized = folder / "vocabulary"
+    shutil.copytree(folder / "a0", resized)
+    tensors = load_file(resized / "adapter_model.safetensors")
+    for table in ("lm_head", "model.embed_tokens"):
+        tensors[f"base_model.model.{table}.weight"] = torch.zeros(serving_models.WORDS + 8, 64)
+    save_file(tensors, resized / "adapter_model.safetensors")
+    right = {"adapters": str(folder / "a0"), "weights": [0.5]}
+    wrong = [
+        ({"adapters": [spoiled(folder, "lora")]}, r"HiraError.*lora.*peft_type 'LORA'"),
+        (
+            {"adapters": [spoiled(folder, "nan")]},
+            r"HiraError: tensor 'base_model\.model\.\S+' of the adapter \S+/nan has a NaN",
+        ),
+        ({"adapters": [spoiled(folder, "incomplete")]}, r"HiraError.*incomplete has no adapter_model\.safetensors"),
+        (
+            {"adapters": [spoiled(folder, "stranger")]},
+            r"HiraError: the adapter \S+/stranger was trained on \S+/other, and the weights of \S+/base are others",
+        ),
+        ({"adapters": [resized]}, r"HiraError: the adapters make \S+ \(136, 64\).*\(128, 64\)"),
+        ({}, r"HiraError: the load format hira needs the folders of adapters"),
+        ({"adapters": []}, r"HiraError: there is no adapter"),
+        ({**right, "weights": [1, 2]}, r"HiraError: weights must be"),
+        ({**right, "any_base": "yes"}, r"HiraError: any_base .* must be true or false"),
+        ({**right, "ranks": 1}, r"ValueError: .*ranks"),
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", IN_PROCESS, *map(str, folders)],
+        [sys.executable, "-c", IN_PROCESS],
         env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        input=json.dumps(prompts()),
+        input=json.dumps([folder / "base", right, [extra for extra, _ in wrong], prompts()], default=str),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     errors, tokens = json.loads(done.stdout.rpartition("FOUND ")[2])
-    for error, pattern in zip(errors, named.values(), strict=True):
-        with pytest.raises(HiraError, match=pattern):
-            raise HiraError(error)
-    merge_checkpoint(folder / "base", folder / "a0", folder / "one")
-    assert tokens == [answer.tokens for answer in expected(folder / "one")]
+    for error, (extra, pattern) in zip(errors, wrong, strict=True):
+        assert re.search(pattern, error), (extra, error)
+    merge_checkpoint(folder / "base", folder / "a0", folder / "half", weights=[0.5])
+    assert tokens == tokens_of(expected(folder / "half"))

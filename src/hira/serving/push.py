@@ -12,12 +12,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from hira.errors import HiraError
-
-PathLike = str | os.PathLike[str]
+from hira.files.merge.merged_model import PathLike, adapter_folders, adapter_weights
 
 
 def push(
-    adapters: Sequence[PathLike],
+    adapters: PathLike | Sequence[PathLike],
     url: str,
     *,
     weights: Sequence[float] | None = None,
@@ -31,7 +30,7 @@ def push(
     server checks the adapters before it changes a weight, and goes on with the old ones where it refuses them.
 
     Args:
-        adapters: their folders, as the server finds them, or their names on the hub.
+        adapters: the folder of an adapter, as the server finds it, or its name on the hub; or several.
         url: the server's, such as "http://localhost:8000"; it runs with ``VLLM_SERVER_DEV_MODE=1``.
         weights: w_i, a number for each adapter; 1 by default.
         any_base: load adapters of another model too.
@@ -39,11 +38,13 @@ def push(
         timeout: the longest wait for an answer of the server, in seconds.
 
     Raises:
-        HiraError: the server cannot be reached, has no such endpoints, or refuses the adapters.
+        HiraError: an argument is not what it should be, the server cannot be reached, has no such endpoints, or
+            refuses the adapters.
     """
-    extra: dict[str, Any] = {"adapters": [_absolute(adapter) for adapter in adapters]}
+    folders = adapter_folders(adapters)
+    extra: dict[str, Any] = {"adapters": [_absolute(folder) for folder in folders]}
     if weights is not None:
-        extra["weights"] = [float(weight) for weight in weights]
+        extra["weights"] = adapter_weights(folders, weights)
     extra |= {name: True for name, flag in (("any_base", any_base), ("allow_pickle", allow_pickle)) if flag}
     config = {"load_config": {"load_format": "hira", "model_loader_extra_config": extra}}
     _post(url, "pause?mode=wait", {}, timeout)

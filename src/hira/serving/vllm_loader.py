@@ -71,6 +71,11 @@ class HiraModelLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the merged model; adapters for a model that is in memory already are checked here."""
         if not self._model:
+            if model_config.is_moe:
+                raise HiraError(
+                    f"{model_config.model} has experts. vLLM was seen to keep their old weights where it loads others "
+                    "in place, so other adapters take a restart."
+                )
             merged = self._prepare(model_config)
             # vLLM ties a head of the files' own again where it is the same
             tied, own = getattr(model_config.hf_config, TIES, False), model_config.word_embeddings_untied_by_checkpoint

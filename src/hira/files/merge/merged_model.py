@@ -14,7 +14,7 @@ from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter, read_adapter
 from hira.files.io.model_folder import ModelFolder, read_folder
 from hira.files.merge.plan import Options, Plan
-from hira.files.merge.tensors import Workers, whole_tensor
+from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import Parameters
 from hira.files.model.provenance import check_base
 from hira.files.model.targets import changes_of
@@ -59,9 +59,9 @@ class MergedModel(NamedTuple):
                 if name not in self.folder.tensors:
                     raise HiraError(f"{name} is not among the tensors of {self.folder.path} that were checked.")
                 planned = plan.changed.get(name)
-                yield plan.prefix + name, tensor if planned is None else whole_tensor(planned, workers)
+                yield plan.prefix + name, tensor if planned is None else workers.whole(planned)
             for name, planned in plan.added.items():
-                yield name, whole_tensor(planned, workers)
+                yield name, workers.whole(planned)
 
 
 def merged_model(

@@ -67,7 +67,8 @@ class Shard:
         if self.source is not None:
             yield from copied_parts(self.source, 0, self.source.size)
         else:
-            yield lambda: memoryview(self.header())
+            header = self.header()
+            yield Part(len(header), lambda: memoryview(header))
             for tensor in self.tensors:
                 yield from tensor.parts()
 
