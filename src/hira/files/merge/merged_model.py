@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from hira.errors import HiraError
 from hira.files.io.adapter_folder import Adapter, read_adapter
 from hira.files.io.model_folder import ModelFolder, read_folder
+from hira.files.io.safetensors_file import Header, TensorEntry
 from hira.files.merge.plan import Options, Plan
 from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import Parameters
@@ -45,7 +47,7 @@ class MergedModel(NamedTuple):
 
         Args:
             base: tensors of the base model with their names in its files, all or some. Those that do not change are
-                yielded as they are; of the others the names are used, and their entries are read from the files.
+                yielded as they are; the others are formed of them, and of what the files have beside them.
 
         Returns:
             The tensors in the order of the base model's, and behind them those that its files lack.
@@ -59,9 +61,31 @@ class MergedModel(NamedTuple):
                 if name not in self.folder.tensors:
                     raise HiraError(f"{name} is not among the tensors of {self.folder.path} that were checked.")
                 planned = plan.changed.get(name)
-                yield plan.prefix + name, tensor if planned is None else workers.whole(planned)
+                if planned is not None:
+                    with _loaded(*self.folder.tensors[name], tensor):
+                        tensor = workers.whole(planned)
+                yield plan.prefix + name, tensor
             for name, planned in plan.added.items():
                 yield name, workers.whole(planned)
+
+
+@contextmanager
+def _loaded(header: Header, entry: TensorEntry, tensor: Tensor) -> Iterator[None]:
+    """Take a tensor for what a file has, unless it is elsewhere, or converted."""
+    if (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and (tensor.dtype, tensor.shape)
+        == (
+            entry.dtype,
+            entry.shape,
+        )
+    ):
+        header.loaded[entry.name] = tensor.contiguous()
+    try:
+        yield
+    finally:
+        header.loaded.pop(entry.name, None)
 
 
 def merged_model(
