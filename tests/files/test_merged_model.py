@@ -74,6 +74,20 @@ def test_some_of_the_tensors_give_some(tmp_path):
     assert_same_tensors(dict(planned(folders).tensors(some.items())), {name: wanted[name] for name in some})
 
 
+def test_what_is_in_memory_is_not_read_again(tmp_path):
+    """Twice W0 gives twice W', to the bit; a tensor of another dtype is no W0, and the file has it."""
+    folders = made(tmp_path, architectures.llama(), [hira_config("q_proj")])
+    base, merged = tensors_of(folders.base), planned(folders)
+    wanted = dict(merged.tensors(base.items()))
+    doubled = dict(merged.tensors((name, 2 * tensor) for name, tensor in base.items()))
+    assert_same_tensors(doubled, {name: 2 * tensor for name, tensor in wanted.items()})
+    converted = dict(merged.tensors((name, tensor.double()) for name, tensor in base.items()))
+    assert_same_tensors(
+        {name: converted[name] for name in merged.plan.changed}, {name: wanted[name] for name in merged.plan.changed}
+    )
+    assert not any(header.loaded for header in merged.folder.shards.values())
+
+
 def test_a_tensor_that_was_not_checked_is_refused(tmp_path):
     folders = made(tmp_path, architectures.llama(), [hira_config("q_proj")])
     with pytest.raises(HiraError, match=r"layers\.0\.attention\.wq\.weight is not among"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -84,8 +85,9 @@ class HiraModelLoader(DefaultModelLoader):
                     f"{', '.join(str(adapter.path) for adapter in merged.adapters)}: the head and the embeddings share "
                     "a weight with these adapters or in the model that is served, and not in the other. Restart vLLM."
                 )
-            for _ in merged.tensors((name, torch.empty(0)) for name in merged.plan.changed):
-                pass  # W' that is not finite is found before a weight changes
+            with _silent_about_threads():
+                for _ in merged.tensors((name, torch.empty(0)) for name in merged.plan.changed):
+                    pass  # W' that is not finite is found before a weight changes
         tensors: Iterator[tuple[str, Tensor]] = super().get_all_weights(model_config, model)
         return tensors
 
@@ -114,13 +116,8 @@ class HiraModelLoader(DefaultModelLoader):
         # the very files that were checked, which the hub's cache may have elsewhere than vLLM's downloads
         files = [SINGLE] if merged.folder.index is None else None
         checked = replace(source, model_or_path=str(merged.folder.path), revision=None, allow_patterns_overrides=files)
-        # on a CPU vLLM lets nobody set the number of threads, and says so at each block of W'
-        worker = logging.getLogger("vllm.v1.worker.cpu_worker")
-        worker.addFilter(_not_of_threads)
-        try:
+        with _silent_about_threads():
             yield from merged.tensors(tensors(checked))
-        finally:
-            worker.removeFilter(_not_of_threads)
 
 
 def _settings(extra: Any) -> tuple[Settings, dict[str, Any]]:
@@ -139,8 +136,19 @@ def _settings(extra: Any) -> tuple[Settings, dict[str, Any]]:
     return Settings(folders, weights, *flags), others
 
 
-def _not_of_threads(record: logging.LogRecord) -> bool:
-    return "torch.set_num_threads" not in record.getMessage()
+@contextmanager
+def _silent_about_threads() -> Iterator[None]:
+    """On a CPU vLLM lets nobody set the number of threads, and would say so several times at each block of W'."""
+
+    def is_of_else(record: logging.LogRecord) -> bool:
+        return "torch.set_num_threads" not in record.getMessage()
+
+    worker = logging.getLogger("vllm.v1.worker.cpu_worker")
+    worker.addFilter(is_of_else)
+    try:
+        yield
+    finally:
+        worker.removeFilter(is_of_else)
 
 
 def _unties(merged: MergedModel) -> bool:
