@@ -24,6 +24,7 @@ class Fake:
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.refusals: dict[str, tuple[int, str]] = {}
+        self.workers = 1
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,6 +35,12 @@ class Fake:
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(answer.encode())
+
+            def do_GET(self) -> None:
+                assert self.path == "/get_world_size"
+                self.send_response(200 if fake.workers else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps({"world_size": fake.workers}).encode())
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -76,10 +83,17 @@ def test_a_server_that_refuses_goes_on(fake, method):
 
 
 def test_a_server_without_the_endpoints(fake):
-    fake.refusals[PAUSE] = 404, "not found"
+    fake.workers = 0
     with pytest.raises(HiraError, match="VLLM_SERVER_DEV_MODE=1"):
         push(["a"], fake.url)
-    assert [path for path, _ in fake.requests] == [PAUSE]
+    assert fake.requests == []
+
+
+def test_a_server_of_several_workers_is_left_alone(fake):
+    fake.workers = 2
+    with pytest.raises(HiraError, match=r"2.*restart"):
+        push(["a"], fake.url)
+    assert fake.requests == []
 
 
 @pytest.mark.parametrize(

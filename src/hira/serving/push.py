@@ -38,14 +38,20 @@ def push(
         timeout: the longest wait for an answer of the server, in seconds.
 
     Raises:
-        HiraError: an argument is not what it should be, the server cannot be reached, has no such endpoints, or
-            refuses the adapters.
+        HiraError: an argument is not what it should be, the server cannot be reached, has no such endpoints or
+            several workers, or refuses the adapters.
     """
     folders = adapter_folders(adapters)
     extra: dict[str, Any] = {"adapters": [_absolute(folder) for folder in folders]}
     if weights is not None:
         extra["weights"] = adapter_weights(folders, weights)
     extra |= {name: True for name, flag in (("any_base", any_base), ("allow_pickle", allow_pickle)) if flag}
+    workers = _request(url, "get_world_size", None, timeout)
+    if workers != {"world_size": 1}:
+        raise HiraError(
+            f"{url} has several workers ({workers}). vLLM was seen to mix up their later answers after they refused "
+            "adapters, so other adapters take a restart."
+        )
     config = {"load_config": {"load_format": "hira", "model_loader_extra_config": extra}}
     _post(url, "pause?mode=wait", {}, timeout)
     try:
@@ -61,13 +67,17 @@ def _absolute(adapter: PathLike) -> str:
 
 
 def _post(url: str, path: str, content: dict[str, Any], timeout: float) -> None:
+    _request(url, path, json.dumps(content).encode(), timeout)
+
+
+def _request(url: str, path: str, data: bytes | None, timeout: float) -> Any:
+    """What a server answers, in JSON, if it does."""
     address = f"{url.rstrip('/')}/{path}"
     if not address.startswith(("http://", "https://")):
         raise HiraError(f"{url} is not the address of a server, such as http://localhost:8000.")
-    data = json.dumps(content).encode()
     try:
         with urlopen(Request(address, data, {"Content-Type": "application/json"}), timeout=timeout) as answer:
-            answer.read()
+            return json.loads(answer.read() or b"null")
     except HTTPError as error:
         if error.code == 404:
             raise HiraError(
@@ -75,5 +85,5 @@ def _post(url: str, path: str, content: dict[str, Any], timeout: float) -> None:
             ) from error
         said = " ".join(error.read().decode(errors="replace").split())[:2000]
         raise HiraError(f"{url} refused the adapters: {said}") from error
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise HiraError(f"{url} cannot be reached at {path}: {error}.") from error
