@@ -169,8 +169,8 @@ def rows() -> list[str]:
     rounds = {len(of) for record in content["records"] for of in record["runs"].values()}
     lines += [
         "",
-        f"{content['machine']['hardware']}; PyTorch with one; medians of {max(rounds)} runs each, in turns, the range in brackets; "
-        f"other work on the machine had it at a load of {min(loads):.0f} to {max(loads):.0f}.",
+        f"{content['machine']['hardware']}; PyTorch with one; medians of {max(rounds)} runs each, in turns, the range "
+        f"in brackets; other work on the machine had it at a load of {min(loads):.0f} to {max(loads):.0f}.",
     ]
     return lines
 
