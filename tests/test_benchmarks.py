@@ -229,3 +229,14 @@ def test_the_merge_script_refuses_a_folder_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(merge.subprocess, "check_output", lambda *arguments, **how: "Type\ntmpfs\n")
     with pytest.raises(SystemExit, match=r"tmpfs.* --folder"):
         merge.measured(argparse.Namespace(), tmp_path)
+
+
+def test_the_page_on_serving_has_the_table_of_the_committed_results():
+    import serving
+
+    page = serving.PAGE.read_text()
+    assert serving.with_table(page) == page
+    records = json.loads(serving.RESULTS.read_text())["records"]
+    assert {record["dtype"] for record in records} == {"float32", "bfloat16"}
+    assert all(record["bytes"] >= 1e9 and record["times_merged"] <= serving.GOAL for record in records)
+    assert all(len({run["sha256"] for of in record["runs"].values() for run in of}) == 1 for record in records)

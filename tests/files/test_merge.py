@@ -66,6 +66,16 @@ def test_the_files_are_those_that_peft_saves(name, dtype, count, tmp_path):
         assert report.shards.keys() == set(files) - {"model.safetensors.index.json"}
 
 
+def test_a_file_in_which_only_a_saved_parameter_changes(tmp_path):
+    """Whose bytes are all copied, but not from the base model."""
+    folders = made(tmp_path, CASES["llama"].build(), [hira_config("q_proj", modules_to_save=["lm_head"])], shard=SHARD)
+    report, out = folders.merge()
+    assert report.replaced == ("lm_head.weight",)
+    (file,) = [name for name, contents in layout_of(out).items() if "lm_head.weight" in contents.tensors]
+    assert not any("q_proj" in name for name in layout_of(out)[file].tensors)
+    assert_same_tensors(tensors_of(out), tensors_of(folders.memory))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_other_dtypes(name, dtype, tmp_path):

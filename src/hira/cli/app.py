@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hira.cli import bench_command, file_commands, training_commands
+from hira.cli import bench_command, file_commands, serving_commands, training_commands
 from hira.cli.messages import quiet_imports
 
 app = typer.Typer(
@@ -98,6 +98,7 @@ app.command()(file_commands.merge)
 app.command()(file_commands.convert)
 app.command()(file_commands.inspect)
 app.command()(file_commands.verify)
+app.command()(serving_commands.push)
 app.command(context_settings=training_commands.SETTINGS)(training_commands.finetune)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header: its tensors by name in the order of their bytes, its metadata, and the size of the file."""
+    """A file's header: its tensors by name in the order of their bytes, its metadata, and the size of the file.
+
+    `loaded` has the tensors that are in memory anyway, which are not read again.
+    """
 
     path: Path
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     size: int
+    loaded: dict[str, Tensor] = field(default_factory=dict)
 
     def entry(self, name: str) -> TensorEntry:
         """Return what the header says of a tensor; a HiraError if it has none of that name."""
@@ -171,6 +175,8 @@ def read_bytes(header: Header, name: str, start: int = 0, stop: int | None = Non
     """
     entry = header.entry(name)
     stop = entry.nbytes if stop is None else min(stop, entry.nbytes)
+    if name in header.loaded:
+        return header.loaded[name].reshape(-1).view(torch.uint8)[start:stop]
     return read_range(header, entry.begin + start, entry.begin + stop)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,23 +17,22 @@ from typing import Any
 import torch
 
 from hira.errors import HiraError
-from hira.files.io.adapter_folder import Adapter, read_adapter
+from hira.files.io.adapter_folder import Adapter
 from hira.files.io.hub import name_of
 from hira.files.io.model_card import CARD, card, dtype_name, quoted
-from hira.files.io.model_folder import ModelFolder, read_folder
+from hira.files.io.model_folder import ModelFolder
 from hira.files.io.output_folder import Output
 from hira.files.io.recognise import ADAPTER_PICKLE, ADAPTER_TENSORS, INDEX
+from hira.files.merge.merged_model import PathLike, adapter_folders, adapter_weights, merged_model
 from hira.files.merge.plan import Options, Plan, Rounding
 from hira.files.merge.tensors import Workers
 from hira.files.model.parameters import CONFIG, Parameters
-from hira.files.model.provenance import MERGED, check_base, merge_record
-from hira.files.model.targets import changes_of
+from hira.files.model.provenance import MERGED, merge_record
 
 BASE_CARD = "README.base.md"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 
@@ -128,14 +126,14 @@ def merge_checkpoint(
     Source: HiRA (ICLR 2025), equation 5.
     """
     start = time.monotonic()
-    folders = _folders(adapters)
-    factors = _weights(folders, weights)
+    folders = adapter_folders(adapters)
+    factors = adapter_weights(folders, weights)
     options = _options(dtype, rounding, max_shard_size)
     # before anything is downloaded
     Output(out, overwrite, [folder for folder in (base, *folders) if os.path.isdir(folder)]).check_target()
-    model, found = read_folder(base), [read_adapter(folder, allow_pickle) for folder in folders]
-    notes = tuple(note for adapter in found for note in check_base(model, adapter, any_base))
-    parameters = Parameters(model)
+    model, found, parameters, plan, notes = merged_model(
+        base, folders, factors, options, any_base=any_base, allow_pickle=allow_pickle
+    )
     output = Output(
         out,
         overwrite,
@@ -144,9 +142,6 @@ def merge_checkpoint(
         about={MERGED: merge_record(model, found)},
     )
     output.check_target()
-    plan = Plan(parameters, changes_of(parameters, found, factors), options)
-    for adapter in found:
-        adapter.check_finite()
     others = sum(model.file(name).stat().st_size for name in model.other_files)
     output.required_bytes = plan.nbytes + others
     free = output.free_bytes()
@@ -165,7 +160,7 @@ def merge_checkpoint(
         {shard.name: shard.nbytes for shard in plan.shards},
         tuple(resumed),
         model.skipped,
-        (*notes, *plan.notes),
+        notes,
         plan.nbytes + others,
         free,
         time.monotonic() - start,
@@ -272,25 +267,6 @@ def _rounding_of_products() -> list[Any]:
         torch.get_float32_matmul_precision() if matmul is None else matmul.fp32_precision,
         {name: value for name, value in os.environ.items() if name.startswith(("MKL_", "ONEDNN_", "DNNL_"))},
     ]
-
-
-def _folders(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:
-    folders = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
-    if not isinstance(folders, Sequence) or not all(isinstance(folder, str | os.PathLike) for folder in folders):
-        raise HiraError(f"adapters must be the folder of an adapter, or a list of such, not {adapters!r}.")
-    if not folders:
-        raise HiraError("there is no adapter to merge; pass the folder of at least one.")
-    return list(folders)
-
-
-def _weights(adapters: Sequence[PathLike], weights: Sequence[float] | None) -> list[float]:
-    try:
-        found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError, OverflowError):  # no sequence, no numbers, or one that no float can hold
-        found = []
-    if isinstance(weights, str) or len(found) != len(adapters) or not all(math.isfinite(weight) for weight in found):
-        raise HiraError(f"weights must be a finite number for each of the {len(adapters)} adapters, not {weights}.")
-    return found
 
 
 def _options(dtype: str | torch.dtype | None, rounding: Rounding | None, max_shard_size: int | str | None) -> Options:

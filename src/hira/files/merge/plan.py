@@ -67,7 +67,8 @@ class Shard:
         if self.source is not None:
             yield from copied_parts(self.source, 0, self.source.size)
         else:
-            yield lambda: memoryview(self.header())
+            header = self.header()
+            yield Part(len(header), lambda: memoryview(header))
             for tensor in self.tensors:
                 yield from tensor.parts()
 
@@ -79,6 +80,7 @@ class Plan:
         shards: its files of weights.
         index: the content of the index of the shards; None for a single file.
         config: the content of `config.json`, where it differs from the base model's; else None.
+        changed: the tensors that differ from the base model's, by their names in its files.
         merged: the names in the files of the tensors with W'.
         replaced: those that an adapter saves whole.
         added: the tensors that the base model's files lack, by name.
@@ -91,7 +93,7 @@ class Plan:
 
     def __init__(self, parameters: Parameters, changes: Changes, options: Options) -> None:
         self._parameters, self._changes, self._options = parameters, changes, options
-        self._changed: dict[str, PlannedTensor] = {}
+        self.changed: dict[str, PlannedTensor] = {}
         self.added: dict[str, PlannedTensor] = {}
         self.merged: list[str] = []
         self.replaced: list[str] = []
@@ -117,12 +119,11 @@ class Plan:
 
     def _shards(self) -> list[Shard]:
         """The files to write: the base model's, or new ones of a size, with what is added at the end of the last."""
-        # the names of a model without its head, where the head is added
-        prefix = self._changes.prefix if self.added else ""
-        shards = []
+        prefix, shards = self.prefix, []
         for name, header in self._parameters.folder.shards.items():
-            tensors = [self._changed.get(e.name) or self._unchanged(e.name, header, e) for e in header.entries.values()]
-            source = header if all(tensor.copied for tensor in tensors) and not prefix else None
+            tensors = [self.changed.get(e.name) or self._unchanged(e.name, header, e) for e in header.entries.values()]
+            same = not self.changed.keys() & header.entries.keys() and all(tensor.copied for tensor in tensors)
+            source = header if same and not prefix else None
             tensors = [
                 tensor._replace(entry=replace(tensor.entry, name=prefix + tensor.entry.name)) for tensor in tensors
             ]
@@ -134,6 +135,11 @@ class Plan:
         if limit is not None:
             shards = _of_size([tensor for shard in shards for tensor in shard.tensors], shards[0], limit)
         return [shard if shard.source is not None else _in_order(shard) for shard in shards]
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names in the files; not empty where a head is added to a model without one."""
+        return self._changes.prefix if self.added else ""
 
     def _modulate(self, target: Target) -> None:
         """Put W' in the place of a parameter, in one tensor or in several, as those of experts are."""
@@ -171,14 +177,14 @@ class Plan:
                 first = 0
                 for tensor in tensors:
                     shape = parameters.folder.tensors[tensor][1].shape
-                    self._changed[tensor] = plan(tensor, shape, [(i, slice(first, first + shape[0]))])
+                    self.changed[tensor] = plan(tensor, shape, [(i, slice(first, first + shape[0]))])
                     first += shape[0]
             return
         shape = parameters.shape(name) if saved is None else saved.shape
         everything = [(i, slice(None)) for i in range(len(matrices))]
         if name in parameters.locations:
             ((tensor,),) = location.tensors
-            self._changed[tensor] = plan(tensor, shape, everything)
+            self.changed[tensor] = plan(tensor, shape, everything)
         else:  # it shares a weight that the files have under another name
             tensor = self._name_of_new(name)
             self.added[tensor] = plan(tensor, shape, everything)
@@ -204,7 +210,7 @@ class Plan:
             )
         ((tensor,),) = location.tensors
         self._check_shape(name, saved)
-        self._changed[tensor] = self._of_adapter(tensor, saved, parameters.dtype(name))
+        self.changed[tensor] = self._of_adapter(tensor, saved, parameters.dtype(name))
         self.replaced.append(tensor)
 
     def _keep_shared_weights(self) -> None:

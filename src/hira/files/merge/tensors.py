@@ -23,8 +23,12 @@ from hira.ops.workspace import Workspace
 # bytes of a tensor that are copied or converted at a time
 _PART = 16 << 20
 
-# A part makes some bytes of a tensor. W' is in memory of the thread, which its next part overwrites.
-Part = Callable[[], memoryview]
+
+class Part(NamedTuple):
+    """Some bytes of a tensor, and what makes them. W' is in memory of the thread, which its next part overwrites."""
+
+    nbytes: int
+    make: Callable[[], memoryview]
 
 
 class PlannedTensor(NamedTuple):
@@ -58,9 +62,23 @@ class Workers:
         for part, thread in zip(parts, cycle(self._threads)):
             if len(ahead) == len(self._threads):
                 yield ahead.popleft().result()
-            ahead.append(thread.submit(part))
+            ahead.append(thread.submit(part.make))
         while ahead:
             yield ahead.popleft().result()
+
+    def whole(self, planned: PlannedTensor) -> Tensor:
+        """Make a tensor in memory, from the parts of which a file would be made."""
+        entry, begin, jobs = planned.entry, 0, []
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        into = tensor_bytes(tensor)
+        for part, thread in zip(planned.parts(), cycle(self._threads)):
+            jobs.append(thread.submit(_fill, into[begin : begin + part.nbytes], part))
+            begin += part.nbytes
+        for job in jobs:
+            job.result()
+        if begin != len(into):
+            raise HiraError(f"{entry.name} should have {len(into)} bytes, but {begin} were made: an error of hira.")
+        return tensor
 
 
 def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
@@ -72,11 +90,13 @@ def copied(name: str, header: Header, entry: TensorEntry) -> PlannedTensor:
 def copied_parts(header: Header, begin: int, end: int) -> Iterator[Part]:
     """Yield the parts that read a file's bytes from one offset to another."""
 
-    def part(start: int) -> memoryview:
-        data: memoryview = read_range(header, start, min(start + _PART, end)).numpy().data
+    def part(start: int, stop: int) -> memoryview:
+        data: memoryview = read_range(header, start, stop).numpy().data
         return data
 
-    return (partial(part, start) for start in range(begin, end, _PART))
+    for start in range(begin, end, _PART):
+        stop = min(start + _PART, end)
+        yield Part(stop - start, partial(part, start, stop))
 
 
 def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: torch.dtype, what: str) -> PlannedTensor:
@@ -92,7 +112,8 @@ def converted(name: str, shape: tuple[int, ...], matrix: StoredMatrix, dtype: to
             return tensor_bytes(result)
 
     return PlannedTensor(
-        entry_of(name, dtype, shape), lambda: (partial(part, rows) for rows in matrix.row_blocks(_PART))
+        entry_of(name, dtype, shape),
+        lambda: (Part(_size(matrix, rows, dtype), partial(part, rows)) for rows in matrix.row_blocks(_PART)),
     )
 
 
@@ -139,19 +160,29 @@ def merged_parts(
         return checked(out.t()[rows])
 
     if transposed:
-        yield whole
+        yield Part(_size(matrix, rows, dtype), whole)
         return
     # W0's shape and dtype, from which the layers choose their blocks, in the memory of one number
     like = torch.empty(1, 1, dtype=stored, device="cpu").expand(matrix.rows, matrix.columns)
     by = modulation(like, *factors(), dtype, dither=dither)
 
-    def part(block_rows: slice) -> memoryview:
+    def part(block_rows: slice, kept: slice) -> memoryview:
         formed = block(matrix.read(block_rows).to(stored), by, Workspace(like, dtype), block_rows, single_threaded=True)
-        return checked(formed[max(first - block_rows.start, 0) : last - block_rows.start])
+        return checked(formed[kept.start - block_rows.start : kept.stop - block_rows.start])
 
     for block_rows in row_blocks(like):
-        if block_rows.start < last and first < block_rows.stop:
-            yield partial(part, block_rows)
+        kept = slice(max(first, block_rows.start), min(last, block_rows.stop))
+        if kept.start < kept.stop:
+            yield Part(_size(matrix, kept, dtype), partial(part, block_rows, kept))
+
+
+def _size(matrix: StoredMatrix, rows: slice, dtype: torch.dtype) -> int:
+    """The bytes of some rows of a matrix in a dtype."""
+    return len(range(*rows.indices(matrix.rows))) * matrix.columns * dtype.itemsize
+
+
+def _fill(into: memoryview, part: Part) -> None:
+    into[:] = part.make()
 
 
 def _begin(threads: int) -> None:

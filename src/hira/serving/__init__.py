@@ -1,0 +1,1 @@
+"""Serving engines that load a base model with HiRA adapters."""
