@@ -6,8 +6,8 @@
     python recipes/prepare.py peft-metamathqa MetaMathQA-395K.json --output data/peft-metamathqa
     python recipes/prepare.py cat cat-image-dataset --prompts default_training_params.json --output data/cat
 
-The rows have a prompt and a completion, in train.jsonl and, but for the last two, validation.jsonl. Where each format
-comes from is in recipes/README.md, with the links to the files.
+The rows have a prompt and a completion, in train.jsonl and, but for PEFT's, validation.jsonl; those of the cat an image
+and a prompt, in metadata.jsonl. Where each format comes from is in recipes/README.md, with the links to the files.
 """
 
 from __future__ import annotations

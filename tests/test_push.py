@@ -82,6 +82,12 @@ def test_a_server_that_refuses_goes_on(fake, method):
     assert fake.requests[-1] == (RESUME, {})
 
 
+def test_a_server_that_refuses_and_does_not_go_on(fake):
+    fake.refusals = {"reload_weights": (500, "tensor 'x' has a NaN"), RESUME: (500, "busy")}
+    with pytest.raises(HiraError, match=r"(?s)tensor 'x' has a NaN.*still wait.*busy"):
+        push(["a"], fake.url)
+
+
 def test_a_server_without_the_endpoints(fake):
     fake.workers = 0
     with pytest.raises(HiraError, match="VLLM_SERVER_DEV_MODE=1"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from interpreted import DEVICE
 
-from hira.ops import kernel_choice, triton
+from hira.ops import heuristics, kernel_choice, triton
 from hira.ops.kernel_choice import serves
 
 KERNELS = ("form", "factor_gradients", "decode")
@@ -218,12 +218,12 @@ def test_nothing_is_judged_while_code_is_traced(cache):
 
 
 def test_what_is_captured_before_a_verdict_fixes_none(cache, monkeypatch):
-    monkeypatch.setattr(kernel_choice, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(heuristics, "is_capturing", lambda device: True)
     assert not serves("form", weight(), torch.bfloat16, forbidden, forbidden)
     assert not cache.exists()
-    monkeypatch.setattr(kernel_choice, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(heuristics, "is_capturing", lambda device: False)
     assert serves("form", weight(), torch.bfloat16, quick, slow)
-    monkeypatch.setattr(kernel_choice, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(heuristics, "is_capturing", lambda device: True)
     assert serves("form", weight(), torch.bfloat16, forbidden, forbidden)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from hira.layers.sources import are_same, states
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -108,10 +110,9 @@ class InferenceCache:
     def get(self, key: Any, sources: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor | None:
         """The weight of a key if it was formed from these sources, as they are now, with these scales, in dtype."""
         entry = (self._scope.entries or {}).get(key)
-        if entry is None or entry.weight.dtype != dtype or len(entry.sources) != len(sources):
+        if entry is None or entry.weight.dtype != dtype or entry.scales != scales:
             return None
-        same = all(kept is source for kept, source in zip(entry.sources, sources, strict=True))
-        return entry.weight if same and entry.scales == scales and entry.states == _states(sources) else None
+        return entry.weight if are_same(entry.sources, sources) and entry.states == states(sources) else None
 
     def put(
         self,
@@ -140,7 +141,7 @@ class InferenceCache:
             if self._nbytes + size > self.max_bytes:
                 return None
             self._nbytes += size  # before it is formed, as other threads may be at the same
-        states = _states(sources)
+        formed_from = states(sources)
         try:
             weight = form()
         except BaseException:
@@ -148,12 +149,8 @@ class InferenceCache:
                 self._nbytes -= size
             raise
         with self._lock:
-            entries[key] = _Entry(weight, list(sources), states, scales)
+            entries[key] = _Entry(weight, list(sources), formed_from, scales)
         return weight
-
-
-def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(source._version, source.data_ptr()) for source in sources]
 
 
 inference_cache = InferenceCache(max_bytes=2 << 30)

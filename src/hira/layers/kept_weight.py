@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hira.layers.sources import are_same, states
 from hira.ops import heuristics
 
 # entries of W0 that are compared; all of A and B are
@@ -51,11 +52,7 @@ _entries: WeakKeyDictionary[Any, _Entry] = WeakKeyDictionary()
 
 
 def get(
-    layer: Any,
-    sources: Sequence[Tensor],
-    scales: Sequence[float],
-    dtype: torch.dtype,
-    form: Callable[[Tensor | None], Tensor],
+    layer: Any, sources: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype, form: Callable[[], Tensor]
 ) -> Tensor | None:
     """The weight of a layer: the kept one if nothing has changed since, else one that is formed, and kept.
 
@@ -69,7 +66,7 @@ def get(
         sources: W0 as it is stored, and the factors.
         scales: the numbers that W' is formed with beside them.
         dtype: that of W'.
-        form: forms W', in the memory it is given, if any.
+        form: forms W'.
 
     Returns:
         W' (out, in), or None where it is not kept.
@@ -82,44 +79,21 @@ def get(
     if entry is not None and entry.weight.dtype == dtype and _is_good(entry, sources, scales, on_cpu):
         return entry.weight
     _steps.watch()
-    _entries.pop(layer, None)
-    out = entry.weight if entry is not None and _was_updated(entry, sources, dtype) else None
-    entry = None  # or it would hold a weight whose memory does not serve
-    states = _states(sources)
+    _entries.pop(layer, None)  # which frees its memory for the new one
+    formed_from = states(sources)
     with torch.inference_mode(False), torch.no_grad():
-        weight = form(out)
+        weight = form()
         values = [value.clone() for value in _values(sources)] if on_cpu else []
-    _entries[layer] = _Entry(weight, list(sources), states, values, scales, _steps.count)
+    _entries[layer] = _Entry(weight, list(sources), formed_from, values, scales, _steps.count)
     return weight
 
 
 def _is_good(entry: _Entry, sources: Sequence[Tensor], scales: Sequence[float], on_cpu: bool) -> bool:
-    if entry.steps != _steps.count or entry.scales != scales or not _has_sources(entry, sources):
+    if entry.steps != _steps.count or entry.scales != scales:
         return False
-    if entry.states != _states(sources):
+    if not are_same(entry.sources, sources) or entry.states != states(sources):
         return False
     return not on_cpu or all(map(torch.equal, entry.values, _values(sources)))
-
-
-def _was_updated(entry: _Entry, sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether all is as it was but for factors written in place, as by an optimizer's step: then its memory serves.
-
-    A graph that still holds the weight has gone stale with them, and autograd says so, as it does of them.
-    """
-    if entry.weight.dtype != dtype or not _has_sources(entry, sources):
-        return False
-    then, now = entry.states, _states(sources)
-    moved = any(address != address_now for (_, address), (_, address_now) in zip(then, now, strict=True))
-    return then[0] == now[0] and then != now and not moved
-
-
-def _has_sources(entry: _Entry, sources: Sequence[Tensor]) -> bool:
-    same = len(entry.sources) == len(sources)
-    return same and all(kept is source for kept, source in zip(entry.sources, sources, strict=True))
-
-
-def _states(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(source._version, source.data_ptr()) for source in sources]
 
 
 def _values(sources: Sequence[Tensor]) -> list[Tensor]:

@@ -144,10 +144,12 @@ class Linear(HiraLayer):
     def _can_keep(self, sources: Sequence[Tensor]) -> bool:
         """Whether a W' may outlive its product; asked before it is formed.
 
-        Not where code is traced, the weight is spread over processes, or a tensor has no numbers here or no version
-        that tells when they change.
+        Not where code is traced, a CUDA graph is captured, the weight is spread over processes, or a tensor has no
+        numbers here or no version that tells when they change.
         """
         if torch.compiler.is_compiling() or heuristics.plain() or sharded_by(self.storage.layer):
+            return False
+        if heuristics.is_capturing(sources[0].device):
             return False
         return not any(source.is_meta or source.is_inference() or not is_concrete(source) for source in sources)
 
@@ -177,6 +179,6 @@ class Linear(HiraLayer):
         return W0.t() if self.fan_in_fan_out else W0
 
 
-def _form(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _form(stored: Stored, factors: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
     W0, dequantize = stored
-    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype, out=out)
+    return effective_weight.form(W0 if dequantize is None else dequantize(W0), *factors, dtype)

@@ -137,9 +137,9 @@ def block(
         return _formed(W0, by, workspace.dtype, workspace, out)
 
 
-def whole(W0: Tensor, by: Modulation, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def whole(W0: Tensor, by: Modulation, dtype: torch.dtype) -> Tensor:
     """`block` of a weight that is one block, and so small that memory of its own costs nothing."""
-    return _formed(W0, by, dtype, None, out)
+    return _formed(W0, by, dtype, None)
 
 
 def _formed(
@@ -250,25 +250,13 @@ def plain_weight(
         return exact.to(dtype)
 
 
-def form(
-    W0: Tensor,
-    A: Tensor,
-    B: Tensor,
-    lora_r: int,
-    dtype: torch.dtype,
-    *,
-    update_only: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Form W', or the update ``W0 * BA + L2 L1``, block by block, rounded once to ``dtype``, without autograd.
-
-    It is written to out, of W0's memory layout, if there is one.
-    """
+def form(W0: Tensor, A: Tensor, B: Tensor, lora_r: int, dtype: torch.dtype, *, update_only: bool = False) -> Tensor:
+    """Form W', or the update ``W0 * BA + L2 L1``, block by block, rounded once to ``dtype``, without autograd."""
     with torch.no_grad(), no_autocast(W0.device):
         by = modulation(W0, A, B, lora_r, dtype, update_only=update_only)
         if heuristics.is_small(W0):
-            return whole(W0, by, dtype, out)
-        out = torch.empty_like(W0, dtype=dtype) if out is None else out
+            return whole(W0, by, dtype)
+        out = torch.empty_like(W0, dtype=dtype)
         workspace = Workspace(W0, dtype)
         for rows in row_blocks(W0):
             block(W0[rows], by, workspace, rows, out=out[rows])

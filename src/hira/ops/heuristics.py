@@ -137,6 +137,11 @@ def keeps_weight(x: Tensor) -> bool:
     return on_cpu(x.device)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what runs on a device is captured in a CUDA graph, which will repeat it without running this code."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def triton(tensor: Tensor) -> bool:
     """Whether Triton kernels may form W' and reduce its gradient: on CUDA, but for HIRA_TRITON=0 in the environment."""
     return tensor.is_cuda and TRITON != "0" and _HAS_TRITON and tensor.dtype != torch.float64

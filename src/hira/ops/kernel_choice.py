@@ -100,7 +100,7 @@ def serves(name: str, W0: Tensor, dtype: torch.dtype, kernel: Call, plain: Call)
     key = (name, W0.device, W0.dtype, dtype)
     verdict = _verdicts.get(key)
     if verdict is None:
-        if _is_capturing(W0.device):
+        if heuristics.is_capturing(W0.device):
             logger.info("%s: PyTorch serves in a graph that is captured before the kernel was judged", name)
             return False
         with _judging:
@@ -108,10 +108,6 @@ def serves(name: str, W0: Tensor, dtype: torch.dtype, kernel: Call, plain: Call)
             if verdict is None:
                 verdict = _verdicts[key] = _known_or_judged(name, W0, dtype, kernel, plain)
     return verdict.serves
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _known_or_judged(name: str, W0: Tensor, dtype: torch.dtype, kernel: Call, plain: Call) -> Verdict:

@@ -77,7 +77,7 @@ def linear(
     4 T m n + 6 R m n backward, 2 T m n of these in integers with "int8". Kept for backward: x, or its codes and a
     scale for each of their columns, `weight`, A and B. Temporaries: one block of W' or of G.
 
-    Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/concepts.md.
+    Source: HiRA (ICLR 2025), equation 5; the derivation is in docs/architecture.md.
     """
     dtype = product_dtype(x, weight.dtype if dequantize is None else x.dtype)
     x, bias = cast_as_autocast(x, dtype), bias if bias is None else bias.to(dtype)
@@ -129,15 +129,16 @@ class _Linear(torch.autograd.Function):
         else:
             W0 = weight if dequantize is None else dequantize(weight)
             y = _forward(x, W0, A, B, bias, lora_r, update_only, True)
+        ctx.formed = formed
         ctx.lora_r, ctx.update_only, ctx.dequantize = lora_r, update_only, dequantize
         needs_x = any(ctx.needs_input_grad[1:4])
         saved = codes if codes is not None else x if needs_x else None
-        ctx.save_for_backward(saved, weight, A, B, scale, link, formed)
+        ctx.save_for_backward(saved, weight, A, B, scale, link)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, scale, link, formed = ctx.saved_tensors
+        x, weight, A, B, scale, link = ctx.saved_tensors
         need_x, need_W0, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         W0 = weight if ctx.dequantize is None else ctx.dequantize(weight)
         lora_r, update_only = ctx.lora_r, ctx.update_only
@@ -156,9 +157,9 @@ class _Linear(torch.autograd.Function):
                     dW0 = weight_gradient(G, W0, A, B, lora_r, update_only=update_only)
             return dx, dW0, dA, dB, dy.sum(0) if need_bias else None, *(None,) * 7
         compiling = torch.compiler.is_compiling()
-        if need_x and formed is not None:
+        if need_x and ctx.formed is not None:
             with no_autocast(dy.device):
-                dx = torch.mm(dy, formed)
+                dx = torch.mm(dy, ctx.formed)
         elif need_x:
             input_gradient = torch.ops.hira.linear_input_gradient if compiling else linear_input_gradient
             dx = input_gradient(dy, W0, A, B, lora_r, update_only)

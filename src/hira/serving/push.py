@@ -27,7 +27,8 @@ def push(
     """Have a vLLM server with the load format "hira" serve other adapters in the place of its own.
 
     Requests that run are answered first, by the old adapters; later ones wait, and are answered by the new ones. The
-    server checks the adapters before it changes a weight, and goes on with the old ones where it refuses them.
+    server checks the adapters before it changes a weight, and goes on with the old ones where it refuses them. What it
+    was told at its start beside the adapters, in ``--model-loader-extra-config``, is forgotten.
 
     Args:
         adapters: the folder of an adapter, as the server finds it, or its name on the hub; or several.
@@ -57,8 +58,13 @@ def push(
     try:
         _post(url, "collective_rpc", {"method": "update_config", "args": [config]}, timeout)
         _post(url, "collective_rpc", {"method": "reload_weights"}, timeout)
-    finally:
-        _post(url, "resume", {}, timeout)
+    except BaseException as refusal:
+        try:
+            _post(url, "resume", {}, timeout)
+        except HiraError as stuck:
+            raise HiraError(f"{refusal} Requests to {url} still wait: {stuck}") from refusal
+        raise
+    _post(url, "resume", {}, timeout)
 
 
 def _absolute(adapter: PathLike) -> str:

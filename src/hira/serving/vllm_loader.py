@@ -38,8 +38,9 @@ class HiraModelLoader(DefaultModelLoader):
 
     Equation: ``W' = W0 * (1 + sum_i w_i B_i A_i)``, in the place of each W0 that the adapters are on.
 
-    vLLM gets the tensors that `hira merge` would write, with the same bits, before it joins, shards or quantises any;
-    one of them is in memory at a time. The adapters are checked before any weight is loaded.
+    vLLM gets the tensors that `hira merge` would write, with the same bits where PyTorch has as many threads, before it
+    joins, shards or quantises any; one of them is in memory at a time. The adapters are checked before any weight is
+    loaded.
 
     Args:
         load_config: vLLM's, with `adapters` in its `model_loader_extra_config`, and maybe `weights`, `any_base` and

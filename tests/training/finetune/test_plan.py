@@ -75,3 +75,11 @@ def test_a_quantised_base_takes_fewer_bytes(flag, bits, flags):
     linear = 4 * (4 * 128 * 128 + 3 * 128 * 352)
     others = 2 * 256 * 128 + 9 * 128
     assert memory.weights == pytest.approx(linear * bits / 8 + others * 4, rel=1e-6)
+
+
+def test_kept_weights_are_dense(flags):
+    for more in ([], ["--load_in_4bit"]):
+        _, memory = plan(parse([*flags, *more, "--hira_keep_weight", "true"]))
+        assert memory.kept == 4 * 4 * (4 * 128 * 128 + 3 * 128 * 352)
+        assert "and W' of them" in next(line for line in memory.lines() if "weights" in line)
+    assert plan(parse(flags))[1].kept == 0

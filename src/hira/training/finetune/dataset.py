@@ -64,7 +64,7 @@ def load(arguments: Arguments) -> Data:
             train, test = script.dataset_train_split, script.dataset_test_split
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""
-        absent = [path for path, _ in _named(arguments) if not Path(path).exists()]
+        absent = [path for path, files in _named(arguments) if not files and not Path(path).exists()]
         hint = f" There is no file or folder {', '.join(absent)} here." if absent else ""
         raise HiraError(f"the data cannot be loaded: {error}{cause}.{hint}") from error
     if train not in loaded:

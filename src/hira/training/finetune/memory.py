@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from hira.layers.base import HiraLayer
+from hira.layers.linear import Linear
+from hira.tuner.model import hira_layers
+
 _TRAINED = 16  # bytes for a trained parameter: itself, its gradient, and Adam's two averages, in float32
 # bytes for a weight of bitsandbytes: 4 bits and a float32 for 64 of them, or a byte for 64 if that is quantised too
 _4BIT, _4BIT_NESTED, _8BIT = 0.5 + 4 / 64, 0.5 + 1 / 64, 1.0
@@ -21,6 +25,7 @@ class Memory(NamedTuple):
 
     Args:
         weights: of the base model.
+        kept: of W' that layers keep, with keep_weight.
         training: of what is trained, its gradients and the averages of Adam.
         activations: of what a batch of full length keeps for backward, without the loss's; None where the model does
             not run without values.
@@ -28,6 +33,7 @@ class Memory(NamedTuple):
     """
 
     weights: int
+    kept: int
     training: int
     activations: int | None
     batch: tuple[int, int]
@@ -44,15 +50,23 @@ class Memory(NamedTuple):
         """
         longest = getattr(base.config.get_text_config(), "max_position_embeddings", 1024)
         batch = training.per_device_train_batch_size, min(training.max_length or longest, longest)
-        return cls(weights, _TRAINED * trainable, _activations(base, batch, training), batch)
+        kept = sum(_bytes_kept(layer) for layer in hira_layers(base))
+        return cls(weights, kept, _TRAINED * trainable, _activations(base, batch, training), batch)
 
     def lines(self) -> Iterator[str]:
         """The bytes, for people."""
         tokens = f"{self.batch[0]} x {self.batch[1]} tokens"
         kept = f"not known for {tokens}" if self.activations is None else f"{_size(self.activations)} for {tokens}"
-        together = self.weights + self.training + (self.activations or 0)
+        together = self.weights + self.kept + self.training + (self.activations or 0)
+        with_kept = f"{_size(self.weights)}, and W' of them {_size(self.kept)}" if self.kept else _size(self.weights)
         yield f"memory, about: {_size(together)} in a process that holds the whole model"
-        yield f"  weights {_size(self.weights)}; adapter, gradients and Adam {_size(self.training)}; activations {kept}"
+        yield f"  weights {with_kept}; adapter, gradients and Adam {_size(self.training)}; activations {kept}"
+
+
+def _bytes_kept(layer: HiraLayer) -> int:
+    """Bytes of the W' that a layer keeps, which is dense, in the dtype of the product."""
+    weight = layer.get_base_layer().weight
+    return weight.numel() * weight.element_size() if isinstance(layer, Linear) and layer.keep_weight else 0
 
 
 def dtypes(config: Any, model: Any, training: Any) -> tuple[torch.dtype, torch.dtype]:
