@@ -57,10 +57,11 @@ def fit_hira(W0: Tensor, target: Tensor, r: int, lora_r: int = 0, seed: int = 0)
     fits = []
     for start in range(STARTS):
         if start == 0:
-            rows = [torch.linalg.svd(each)[2] for each in (W0.sign() * target, target)]
+            A, L1 = (torch.linalg.svd(each, full_matrices=False)[2] for each in (W0.sign() * target, target))
+            rows = torch.cat([A[:r], L1[:lora_r]])
         else:
-            rows = [torch.randn(target.shape[1], target.shape[1], generator=generator, dtype=W0.dtype) for _ in "AL"]
-        fits.append(_alternate(W0, target, torch.cat([rows[0][:r], rows[1][:lora_r]]), r))
+            rows = torch.randn(r + lora_r, target.shape[1], generator=generator, dtype=W0.dtype)
+        fits.append(_alternate(W0, target, rows, r))
     errors = [relative_error(update, target) for update in fits]
     best = min(errors)
     return Fit(fits[errors.index(best)], best, max(errors) - best)

@@ -1,0 +1,173 @@
+"""Expressiveness: how near can LoRA, HiRA and HiRA with LoRA come to a given update, with equal numbers of parameters?
+
+Each method's best fit of W' - W0 is computed (experiments/fitting.py), nothing is trained, but for the last target: the
+update of the layer in a full fine-tuning. W0 is a layer of MiniLM, or of the small decoder after its pretraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import TypedDict
+
+import torch
+from experiments.fitting import fit_hira, fit_lora
+from experiments.runs import fit, load, pretrain, pretrained, rounded, save
+from experiments.tasks import TASKS, measured
+from torch import Tensor
+
+from hira.ops.measures import effective_rank
+
+RANKS, SEEDS, TABLE_RANK, TARGET_RANK = (1, 2, 4, 8), (0, 1, 2, 3, 4), 8, 8
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of the full fine-tuning; the best on validation data is taken
+# of each task's model: a layer of each kind that the tasks adapt, in the middle of MiniLM and at the end of the decoder
+LAYERS = {
+    "docstrings": [f"bert.bert.encoder.layer.3.attention.self.{name}" for name in ("query", "key", "value")],
+    "English": [f"llama.model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")],
+}
+
+
+class Record(TypedDict):
+    """A fit: its relative error, by how much that of the worst start was larger, and the update's two ranks."""
+
+    error: float
+    spread: float
+    rank: int
+    effective_rank: float
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, float, float]]] = {
+    "target": lambda W0, target, r, seed: (target, 0.0, 0.0),
+    "LoRA": lambda W0, target, r, seed: fit_lora(target, r),
+    "HiRA": lambda W0, target, r, seed: fit_hira(W0, target, r, seed=seed),
+    "HiLoRA": lambda W0, target, r, seed: fit_hira(W0, target, r - r // 2, r // 2, seed),
+}
+FULL = "full fine-tuning"
+TARGETS = ("Gaussian", "low rank", "W0 ⊙ low rank", "rows and columns rescaled", FULL)
+
+
+def made_targets(W0: Tensor, seed: int) -> dict[str, Tensor]:
+    """Updates of W0 (out, in) that are drawn at random. Their size does not matter to a relative error."""
+    generator = torch.Generator().manual_seed(seed)
+    (out, width), r = W0.shape, min(TARGET_RANK, *W0.shape)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=W0.dtype)
+
+    made = (
+        normal(out, width),
+        normal(out, r) @ normal(r, width),
+        W0 * (normal(out, r) @ normal(r, width)),
+        (1 + 0.1 * normal(out, 1)) * W0 * (1 + 0.1 * normal(1, width)) - W0,
+    )
+    return dict(zip(TARGETS[:-1], made, strict=True))
+
+
+def weights(task: str, folder: Path) -> dict[str, Tensor]:
+    """W0 of a task's layers, in float64."""
+    state = pretrained(TASKS[task].model, folder).state_dict()
+    return {layer: state[f"{layer}.weight"].double() for layer in LAYERS[task]}
+
+
+def fine_tuned(task: str, rate: float, seed: int, folder: Path, steps: int) -> tuple[float, dict[str, Tensor]]:
+    """The validation loss after full fine-tuning, and the layers' updates."""
+    data = TASKS[task].data()
+    model = pretrained(TASKS[task].model, folder)
+    torch.manual_seed(seed)
+    fit(model, data.train, rate, steps, seed)
+    state = model.state_dict()
+    updates = {layer: state[f"{layer}.weight"].double() - W0 for layer, W0 in weights(task, folder).items()}
+    return measured(model, data.validation)[0], updates
+
+
+def run(results: Path, models: Path, quick: bool = False) -> None:
+    """Fit what the results lack, and write them after each layer.
+
+    Args:
+        results: the file of the results.
+        models: the folder of the pretrained models.
+        quick: the decoder alone, after a few steps, and one seed.
+    """
+    torch.set_num_threads(1)
+    records, steps = load(results), {task: 2 if quick else TASKS[task].steps for task in LAYERS}
+    seeds, ranks = ((0,), (TABLE_RANK,)) if quick else (SEEDS, RANKS)
+    for task in ["English"] if quick else LAYERS:
+        missing = [
+            seed for seed in seeds if key(task, LAYERS[task][-1], FULL, seed, ranks[-1], "HiLoRA") not in records
+        ]
+        if not missing:
+            continue
+        pretrain(TASKS[task].model, models, *([2] if quick else []))
+        losses = {rate: fine_tuned(task, rate, 0, models, steps[task])[0] for rate in RATES}
+        rate = min(losses, key=losses.__getitem__)
+        print(f"{task}: full fine-tuning at {rate:g}", flush=True)
+        for seed in missing:
+            updates = fine_tuned(task, rate, seed, models, steps[task])[1]
+            for layer, W0 in weights(task, models).items():
+                for name, target in {**made_targets(W0, seed), FULL: updates[layer]}.items():
+                    for r in ranks:
+                        for method, best in METHODS.items():
+                            records[key(task, layer, name, seed, r, method)] = fitted(*best(W0, target, r, seed))
+                save(records, results)
+                print(f"{layer}, seed {seed}", flush=True)
+
+
+def fitted(update: Tensor, error: float, spread: float) -> Record:
+    """The record of a fit."""
+    values = torch.linalg.svdvals(update)
+    rank = int((values > 1e-6 * values[0]).sum())
+    return Record(
+        error=rounded(error), spread=rounded(spread), rank=rank, effective_rank=rounded(effective_rank(values))
+    )
+
+
+def key(task: str, layer: str, target: str, seed: int, r: int, method: str) -> str:
+    """The name of a fit in the results."""
+    return f"{TASKS[task].model} | {layer} | {target} | seed {seed} | r {r} | {method}"
+
+
+def over_seeds(records: dict[str, Record], task: str, target: str, r: int, method: str, field: str) -> list[float]:
+    """A field of the records, the mean over a task's layers, for each seed."""
+    return [
+        mean(records[key(task, layer, target, seed, r, method)][field] for layer in LAYERS[task])  # type: ignore[literal-required]
+        for seed in SEEDS
+    ]
+
+
+def table(records: dict[str, Record]) -> Iterator[str]:
+    """The lines of a table at TABLE_RANK."""
+    fits = [method for method in METHODS if method != "target"]
+    yield f"| W0 | update | {' | '.join(fits)} | {' | '.join(f'ranks of {name}' for name in METHODS)} |"
+    yield "|---|---|" + "---|" * (len(fits) + len(METHODS))
+    for task, target in product(LAYERS, TARGETS):
+
+        def values(method: str, field: str, task: str = task, target: str = target) -> list[float]:
+            return over_seeds(records, task, target, TABLE_RANK, method, field)
+
+        errors = [f"{mean(each):.3f} ± {pstdev(each):.3f}" for each in (values(method, "error") for method in fits)]
+        ranks = [f"{mean(values(name, 'rank')):.0f}, {mean(values(name, 'effective_rank')):.0f}" for name in METHODS]
+        yield f"| {TASKS[task].model} | {target} | {' | '.join(errors + ranks)} |"
+
+
+def plot(records: dict[str, Record], picture: Path) -> None:
+    """The errors by rank: a row for each W0, a panel for each kind of update."""
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(len(LAYERS), len(TARGETS), figsize=(13, 5), sharex=True, sharey=True, squeeze=False)
+    for task, panels in zip(LAYERS, rows, strict=True):
+        for target, panel in zip(TARGETS, panels, strict=True):
+            for method, mark in zip(("LoRA", "HiRA", "HiLoRA"), "osx", strict=True):
+                errors = [mean(over_seeds(records, task, target, r, method, "error")) for r in RANKS]
+                panel.plot(RANKS, errors, marker=mark, label=method)
+            panel.set_title(f"{TASKS[task].model}\n{target}", fontsize=8)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(RANKS, [str(r) for r in RANKS])
+    rows[0][0].set_ylabel("relative error of the best fit")
+    rows[-1][0].set_ylabel("relative error of the best fit")
+    rows[-1][0].set_xlabel("r")
+    rows[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)
