@@ -1,0 +1,170 @@
+"""What each experiment runs, as far as the records at hand decide it: first a search, then seeds at the best rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+from experiments.methods import METHODS
+from experiments.runs import PRETRAINING_STEPS, Record, Records, Run, load, run_all
+from experiments.tasks import TASKS
+
+RANK, RANKS = 8, (2, 8, 32)
+# the search begins with GRID of them, and goes on where the best is the first or the last
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+GRID = range(5, 11)
+FIRST_SEARCH = 100  # seeds of searches are from here on, those of what is reported are below
+SHARES, SMALL_TASKS, SMALL_METHODS = (0.01, 0.1, 1), ("English", "digits"), ("LoRA", "HiRA", "full")
+RANKED_TASKS, RANKED_METHODS = ("English", "digits"), ("LoRA", "HiRA")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the experiments are.
+
+    Args:
+        grid: the places in RATES where a search begins.
+        extended: whether a search goes on beyond them.
+        searches: seeds of a search, beginning with FIRST_SEARCH; the task's own number if it is None.
+        seeds: of the runs that are reported.
+        steps: of a run; the task's own if it is None.
+        pretraining_steps: of a model.
+        points: how often a run is measured; the task's own number if it is None.
+        thinned: 20 where only every twentieth row is measured of those that would be.
+        rounds: of the measurement of time.
+    """
+
+    grid: range = GRID
+    extended: bool = True
+    searches: int | None = None
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int | None = None
+    pretraining_steps: int = PRETRAINING_STEPS
+    points: int | None = None
+    thinned: int = 1
+    rounds: int = 15
+
+
+FULL = Size()
+QUICK = Size(range(7, 8), False, searches=1, seeds=(0,), steps=1, pretraining_steps=1, points=1, thinned=20, rounds=2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results go, and how they are made.
+
+    Args:
+        results: the folder of the results, a file for each experiment.
+        models: that of the pretrained models.
+        processes: how many runs at once.
+        size: of the experiments.
+    """
+
+    results: Path
+    models: Path
+    processes: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is tuned for."""
+
+    task: str
+    method: str
+    r: int = RANK
+    share: float = 1
+
+    def run(self, rate: float, seed: int, size: Size) -> Run:
+        """A run of it."""
+        steps = size.steps or TASKS[self.task].steps
+        return Run(self.task, self.method, self.r, rate, seed, steps, self.share)
+
+    def at(self, rate: float, size: Size) -> list[Run]:
+        """The runs that are reported, at a rate."""
+        return [self.run(rate, seed, size) for seed in size.seeds]
+
+
+def best_point(record: Record) -> int:
+    """The place of the point with the lowest validation loss, the start aside where there is another."""
+    losses = record["validation"]
+    return min(range(1, len(losses)), key=losses.__getitem__, default=0)
+
+
+def search(known: Records, setting: Setting, size: Size) -> tuple[list[Run], float | None]:
+    """The runs of the search for a rate, and the rate; None for it where a run is still missing."""
+    if setting.method == "frozen":  # nothing but a new head trains
+        return [], 0.0
+    places = size.grid
+    seeds = range(FIRST_SEARCH, FIRST_SEARCH + (size.searches or TASKS[setting.task].searches))
+    while True:
+        runs = {place: [setting.run(RATES[place], seed, size) for seed in seeds] for place in places}
+        everything = [run for group in runs.values() for run in group]
+        if any(run.key not in known for run in everything):
+            return everything, None
+
+        def loss(place: int, runs: Mapping[int, list[Run]] = runs) -> float:
+            records = [known[run.key] for run in runs[place]]
+            return mean(record["validation"][best_point(record)] for record in records)
+
+        best = min(places, key=loss)
+        wider = range(max(places[0] - (best == places[0]), 0), min(places[-1] + 1 + (best == places[-1]), len(RATES)))
+        if wider == places or not size.extended:
+            return everything, RATES[best]
+        places = wider
+
+
+def tuned(known: Records, setting: Setting, size: Size) -> Iterator[Run]:
+    """The search, and once it is complete the runs that are reported; HiRA at LoRA's rate as well."""
+    runs, rate = search(known, setting, size)
+    yield from runs
+    if rate is not None:
+        yield from setting.at(rate, size)
+    if setting.method == "HiRA":
+        loras = search(known, Setting(setting.task, "LoRA", setting.r, setting.share), size)[1]
+        if loras is not None:
+            yield from setting.at(loras, size)
+
+
+def fine_tuning(known: Records, place: Place) -> Iterator[Run]:
+    """Every method on every task."""
+    for task, method in product(TASKS, METHODS):
+        yield from tuned(known, Setting(task, method), place.size)
+
+
+def few_data(known: Records, place: Place) -> Iterator[Run]:
+    """Shares of the training data."""
+    for task, share, method in product(SMALL_TASKS, SHARES, SMALL_METHODS):
+        yield from tuned(known, Setting(task, method, share=share), place.size)
+
+
+def rank(known: Records, place: Place) -> Iterator[Run]:
+    """Other ranks."""
+    for task, r, method in product(RANKED_TASKS, RANKS, RANKED_METHODS):
+        yield from tuned(known, Setting(task, method, r), place.size)
+
+
+Plan = Callable[[Records, Place], Iterator[Run]]
+FILES = ("fine_tuning", "few_data", "rank", "cost")
+
+
+def records(results: Path) -> Records:
+    """The records of all experiments in a folder."""
+    return {key: record for name in FILES for key, record in load(results / f"{name}.json").items()}
+
+
+def follow(plan: Plan, name: str, place: Place) -> None:
+    """Run what a plan asks for until it asks for no more. What another experiment has run is not repeated."""
+    size = place.size
+    while True:
+        have = records(place.results)
+        missing = [run for run in plan(have, place) if run.key not in have]
+        if not missing:
+            return
+        run_all(
+            missing, place.results / f"{name}.json", place.models, place.processes, METHODS,
+            size.pretraining_steps, size.points, size.thinned,
+        )  # fmt: skip
