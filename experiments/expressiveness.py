@@ -14,14 +14,14 @@ from typing import TypedDict
 
 import torch
 from experiments.fitting import fit_hira, fit_lora
-from experiments.runs import fit, load, pretrain, pretrained, rounded, save
-from experiments.tasks import TASKS, measured
+from experiments.plans import Place, Setting, follow, search
+from experiments.runs import Records, Run, fit, load, pretrained, rounded, save
+from experiments.tasks import TASKS
 from torch import Tensor
 
 from hira.ops.measures import effective_rank
 
 RANKS, SEEDS, TABLE_RANK, TARGET_RANK = (1, 2, 4, 8), (0, 1, 2, 3, 4), 8, 8
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of the full fine-tuning; the best on validation data is taken
 # of each task's model: a layer of each kind that the tasks adapt, in the middle of MiniLM and at the end of the decoder
 LAYERS = {
     "docstrings": [f"bert.bert.encoder.layer.3.attention.self.{name}" for name in ("query", "key", "value")],
@@ -38,6 +38,7 @@ class Record(TypedDict):
     effective_rank: float
 
 
+Fits = dict[str, Record]
 METHODS: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, float, float]]] = {
     "target": lambda W0, target, r, seed: (target, 0.0, 0.0),
     "LoRA": lambda W0, target, r, seed: fit_lora(target, r),
@@ -71,47 +72,44 @@ def weights(task: str, folder: Path) -> dict[str, Tensor]:
     return {layer: state[f"{layer}.weight"].double() for layer in LAYERS[task]}
 
 
-def fine_tuned(task: str, rate: float, seed: int, folder: Path, steps: int) -> tuple[float, dict[str, Tensor]]:
-    """The validation loss after full fine-tuning, and the layers' updates."""
-    data = TASKS[task].data()
-    model = pretrained(TASKS[task].model, folder)
-    torch.manual_seed(seed)
-    fit(model, data.train, rate, steps, seed)
+def rates(known: Records, place: Place) -> Iterator[Run]:
+    """The search for the rate of full fine-tuning, the same as everywhere."""
+    for task in LAYERS:
+        yield from search(known, Setting(task, "full"), place.size)[0]
+
+
+def fine_tuned(run: Run, models: Path) -> dict[str, Tensor]:
+    """The updates of the layers in a full fine-tuning."""
+    model = pretrained(TASKS[run.task].model, models)
+    torch.manual_seed(run.seed)
+    fit(model, TASKS[run.task].data().train, run.rate, run.steps, run.seed)
     state = model.state_dict()
-    updates = {layer: state[f"{layer}.weight"].double() - W0 for layer, W0 in weights(task, folder).items()}
-    return measured(model, data.validation)[0], updates
+    return {layer: state[f"{layer}.weight"].double() - W0 for layer, W0 in weights(run.task, models).items()}
 
 
-def run(results: Path, models: Path, quick: bool = False) -> None:
-    """Fit what the results lack, and write them after each layer.
-
-    Args:
-        results: the file of the results.
-        models: the folder of the pretrained models.
-        quick: the decoder alone, after a few steps, and one seed.
-    """
+def run(place: Place) -> None:
+    """Fit what expressiveness.json lacks, and write it after each layer; the rates are those of fine_tuning.json."""
     torch.set_num_threads(1)
-    records, steps = load(results), {task: 2 if quick else TASKS[task].steps for task in LAYERS}
-    seeds, ranks = ((0,), (TABLE_RANK,)) if quick else (SEEDS, RANKS)
-    for task in ["English"] if quick else LAYERS:
-        missing = [
-            seed for seed in seeds if key(task, LAYERS[task][-1], FULL, seed, ranks[-1], "HiLoRA") not in records
-        ]
-        if not missing:
+    size, path = place.size, place.results / "expressiveness.json"
+    follow(rates, "fine_tuning", place)
+    records: Fits = load(path)
+    quick = size.steps is not None
+    for task, seed in product(LAYERS, size.seeds):
+        layers, ranks = (LAYERS[task][:1], RANKS[:1]) if quick else (LAYERS[task], RANKS)
+        if key(task, layers[-1], FULL, seed, ranks[-1], "HiLoRA") in records:
             continue
-        pretrain(TASKS[task].model, models, *([2] if quick else []))
-        losses = {rate: fine_tuned(task, rate, 0, models, steps[task])[0] for rate in RATES}
-        rate = min(losses, key=losses.__getitem__)
-        print(f"{task}: full fine-tuning at {rate:g}", flush=True)
-        for seed in missing:
-            updates = fine_tuned(task, rate, seed, models, steps[task])[1]
-            for layer, W0 in weights(task, models).items():
-                for name, target in {**made_targets(W0, seed), FULL: updates[layer]}.items():
-                    for r in ranks:
-                        for method, best in METHODS.items():
-                            records[key(task, layer, name, seed, r, method)] = fitted(*best(W0, target, r, seed))
-                save(records, results)
-                print(f"{layer}, seed {seed}", flush=True)
+        setting = Setting(task, "full")
+        _, rate = search(load(place.results / "fine_tuning.json"), setting, size)
+        assert rate is not None
+        updates = fine_tuned(setting.run(rate, seed, size), place.models)
+        before = weights(task, place.models)
+        for layer in layers:
+            W0 = before[layer]
+            for name, target in {**made_targets(W0, seed), FULL: updates[layer]}.items():
+                for r, (method, best) in product(ranks, METHODS.items()):
+                    records[key(task, layer, name, seed, r, method)] = fitted(*best(W0, target, r, seed))
+            save(records, path)
+            print(f"{layer}, seed {seed}", flush=True)
 
 
 def fitted(update: Tensor, error: float, spread: float) -> Record:
@@ -128,7 +126,7 @@ def key(task: str, layer: str, target: str, seed: int, r: int, method: str) -> s
     return f"{TASKS[task].model} | {layer} | {target} | seed {seed} | r {r} | {method}"
 
 
-def over_seeds(records: dict[str, Record], task: str, target: str, r: int, method: str, field: str) -> list[float]:
+def over_seeds(records: Fits, task: str, target: str, r: int, method: str, field: str) -> list[float]:
     """A field of the records, the mean over a task's layers, for each seed."""
     return [
         mean(records[key(task, layer, target, seed, r, method)][field] for layer in LAYERS[task])  # type: ignore[literal-required]
@@ -136,7 +134,7 @@ def over_seeds(records: dict[str, Record], task: str, target: str, r: int, metho
     ]
 
 
-def table(records: dict[str, Record]) -> Iterator[str]:
+def table(records: Fits) -> Iterator[str]:
     """The lines of a table at TABLE_RANK."""
     fits = [method for method in METHODS if method != "target"]
     yield f"| W0 | update | {' | '.join(fits)} | {' | '.join(f'ranks of {name}' for name in METHODS)} |"
@@ -151,7 +149,7 @@ def table(records: dict[str, Record]) -> Iterator[str]:
         yield f"| {TASKS[task].model} | {target} | {' | '.join(errors + ranks)} |"
 
 
-def plot(records: dict[str, Record], picture: Path) -> None:
+def plot(records: Fits, picture: Path) -> None:
     """The errors by rank: a row for each W0, a panel for each kind of update."""
     from matplotlib import pyplot
 
