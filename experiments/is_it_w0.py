@@ -1,7 +1,7 @@
 """Is it W0? HiRA with another matrix in the place of W0 in its update, W' = W0 + M ⊙ BA, each at its own best rate.
 
-Every M has the norm of W0, so the methods differ in nothing but which entries and directions BA's are multiplied by.
-The layers are plain PyTorch here, not hira's, which have no other M.
+Every M has the norm of W0, so that nothing differs but what the entries of BA are multiplied by. The layers are plain
+PyTorch here: hira's have no other M.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from statistics import mean, stdev
 
 import torch
 from experiments.methods import Method
-from experiments.plans import Place, Setting, tuned
+from experiments.plans import FULL, Place, Setting, best_point, follow, search, tuned
 from experiments.runs import Records, Run
+from experiments.statistics import paired
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -109,3 +111,30 @@ def plan(known: Records, place: Place) -> Iterator[Run]:
     """Every matrix on some tasks."""
     for task, name in product(COMPARED_ON, METHODS):
         yield from tuned(known, Setting(task, name), place.size)
+
+
+def run(place: Place) -> None:
+    """Train what is_it_w0.json lacks."""
+    follow(plan, "is_it_w0", place, METHODS)
+
+
+def compared(records: Records, task: str, name: str) -> tuple[float, list[float], float]:
+    """A matrix's best rate, the test loss of each seed at it, and the mean effective rank of the updates."""
+    setting = Setting(task, name)
+    _, rate = search(records, setting, FULL)
+    assert rate is not None
+    found = [records[run.key] for run in setting.at(rate, FULL)]
+    return rate, [each["test"][best_point(each)] for each in found], mean(each["effective_rank"] for each in found)
+
+
+def table(records: Records) -> Iterator[str]:
+    """The lines of a table: each matrix's test loss, and how it compares with that of W0."""
+    yield "| task | M | best rate | test loss | more than with W0 | p | detectable | effective rank |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for task, name in product(COMPARED_ON, METHODS):
+        rate, losses, rank = compared(records, task, name)
+        than_w0 = " | | "
+        if name != "W0":
+            difference, p, detectable = paired(compared(records, task, "W0")[1], losses)
+            than_w0 = f"{difference:+.4f} | {p:.2g} | {detectable:.4f}"
+        yield f"| {task} | {name} | {rate:g} | {mean(losses):.4f} ± {stdev(losses):.4f} | {than_w0} | {rank:.1f} |"
