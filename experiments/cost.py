@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TypedDict
 
 import torch
 from experiments.methods import METHODS
 from experiments.plans import RANK, Place, Setting, Size, search
 from experiments.runs import Records, Run, adapted, fit, pretrain, pretrained
-from experiments.tasks import TASKS
+from experiments.tasks import TASKS, Data
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 4  # of each measurement
@@ -58,17 +62,18 @@ def measured_steps(place: Place) -> Steps:
     return steps
 
 
-def peak(model: torch.nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> int:
+def peak(model: nn.Module, data: Data) -> int:
     """The most that PyTorch's allocator held at once during a step, above what it held before."""
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fit(model, data, 1e-4, 1, seed=0)
-    held = highest = 0
-    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
-        if event.name == "[memory]":
-            held += event.cpu_memory_usage
-            highest = max(highest, held)
-    return highest
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = [event for event in events if event["name"] == "[memory]"]
+    changes = [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]
+    return max(accumulate(changes, initial=0))
 
 
 def hiras_time(steps: Steps, task: str, size: Size) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-from experiments.methods import METHODS
-from experiments.runs import PRETRAINING_STEPS, Record, Records, Run, load, run_all
+from experiments.methods import METHODS, Method
+from experiments.runs import PRETRAINING_STEPS, Record, Records, Run, load, pretrain, save, train
 from experiments.tasks import TASKS
 
 RANK, RANKS = 8, (2, 8, 32)
@@ -156,15 +158,31 @@ def records(results: Path) -> Records:
     return {key: record for name in FILES for key, record in load(results / f"{name}.json").items()}
 
 
-def follow(plan: Plan, name: str, place: Place) -> None:
-    """Run what a plan asks for until it asks for no more. What another experiment has run is not repeated."""
-    size = place.size
-    while True:
-        have = records(place.results)
-        missing = [run for run in plan(have, place) if run.key not in have]
-        if not missing:
-            return
-        run_all(
-            missing, place.results / f"{name}.json", place.models, place.processes, METHODS,
-            size.pretraining_steps, size.points, size.thinned,
-        )  # fmt: skip
+def follow(plan: Plan, name: str, place: Place, methods: Mapping[str, Method] = METHODS) -> None:
+    """Run what a plan asks for, in its order, until it asks for no more; the file is written after each run.
+
+    Args:
+        plan: the plan. What any experiment has run already is not repeated.
+        name: of the file for the records.
+        place: where they go.
+        methods: the methods by name, made of functions that other processes can import.
+    """
+    path, size = place.results / f"{name}.json", place.size
+    own = load(path)
+    have = {**records(place.results), **own}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(place.processes, get_context("spawn")) as pool:
+        waiting: dict[Future[Record], Run] = {}
+        while True:
+            missing = {run: None for run in plan(have, place) if run.key not in have}
+            for run in [run for run in missing if run not in waiting.values()][: place.processes - len(waiting)]:
+                pretrain(TASKS[run.task].model, place.models, size.pretraining_steps)
+                arguments = (run, methods[run.method], place.models, size.points, size.thinned)
+                waiting[pool.submit(train, *arguments)] = run
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                run = waiting.pop(future)
+                have[run.key] = own[run.key] = future.result()
+                save(own, path)
+                print(f"{name}: {len(own)} runs done, the last {run.key}", flush=True)

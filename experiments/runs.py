@@ -1,18 +1,16 @@
-"""One run: a model is pretrained, adapted, trained, watched; and many runs, in processes, each kept once it is done."""
+"""One run: a model is pretrained, made ready by a method, trained, and measured on the way."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import torch
-from experiments.methods import METHODS, Method
+from experiments.methods import Method
 from experiments.tasks import BATCH, HEAD, HEAD_RATE, MODELS, TASKS, Data, loss, measured
 from torch import Tensor, nn
 
@@ -189,14 +187,14 @@ def thinned(data: Data, every: int) -> Data:
 
 def updates(model: nn.Module, name: str, folder: Path) -> Iterator[Tensor]:
     """W' - W0 of each adapted layer of a trained model, as a matrix in float64. It spoils the model."""
-    before = pretrained(name, folder).double().state_dict()
+    before = torch.load(folder / f"{name}.pt", weights_only=True)
     merged = model.double()
     if hasattr(merged, "merge_and_unload"):
         merged = merged.merge_and_unload()
     after = merged.state_dict()
     for module, _ in merged.named_modules():
         if module.split(".")[-1] in MODELS[name].targets.split():
-            yield (after[f"{module}.weight"] - before[f"{module}.weight"]).flatten(1)
+            yield (after[f"{module}.weight"] - before[f"{module}.weight"].double()).flatten(1)
 
 
 def rounded(value: float) -> float:
@@ -214,40 +212,3 @@ def save(records: Records, path: Path) -> None:
     """Write records, a line each."""
     lines = [f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(record)}" for key, record in sorted(records.items())]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def run_all(
-    runs: Iterable[Run],
-    path: Path,
-    folder: Path,
-    processes: int = 2,
-    methods: dict[str, Method] = METHODS,
-    pretraining_steps: int = PRETRAINING_STEPS,
-    points: int | None = None,
-    every: int = 1,
-) -> None:
-    """Run what a file has no record of, and write the file after each run.
-
-    Args:
-        runs: the runs.
-        path: the file.
-        folder: for the pretrained models.
-        processes: how many runs at once, a thread each.
-        methods: the methods by name; functions of modules, which other processes can import.
-        pretraining_steps: of the models that are not in the folder.
-        points, every: how often to measure in a run, and which rows.
-    """
-    records = load(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    missing = list(dict.fromkeys(run for run in runs if run.key not in records))
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        names = dict.fromkeys(TASKS[run.task].model for run in missing)
-        for done in [pool.submit(pretrain, name, folder, pretraining_steps) for name in names]:
-            done.result()
-        waiting = {pool.submit(train, run, methods[run.method], folder, points, every): run for run in missing}
-        for count, future in enumerate(as_completed(waiting), 1):
-            records[waiting[future].key] = future.result()
-            save(records, path)
-            print(f"\r{count} of {len(missing)} runs", end="", flush=True)
-    if missing:
-        print()
