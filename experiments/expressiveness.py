@@ -7,6 +7,7 @@ update of the layer in a full fine-tuning. W0 is a layer of MiniLM, or of the sm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, pstdev
@@ -14,7 +15,7 @@ from typing import TypedDict
 
 import torch
 from experiments.fitting import fit_hira, fit_lora
-from experiments.plans import Place, Setting, follow, search
+from experiments.plans import Place, Setting, Size, follow, search
 from experiments.runs import Records, Run, fit, load, pretrained, rounded, save
 from experiments.tasks import TASKS
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from hira.ops.measures import effective_rank
 
 RANKS, SEEDS, TABLE_RANK, TARGET_RANK = (1, 2, 4, 8), (0, 1, 2, 3, 4), 8, 8
+GRID = range(3, 6)
 # of each task's model: a layer of each kind that the tasks adapt, in the middle of MiniLM and at the end of the decoder
 LAYERS = {
     "docstrings": [f"bert.bert.encoder.layer.3.attention.self.{name}" for name in ("query", "key", "value")],
@@ -75,7 +77,12 @@ def weights(task: str, folder: Path) -> dict[str, Tensor]:
 def rates(known: Records, place: Place) -> Iterator[Run]:
     """The search for the rate of full fine-tuning, the same as everywhere."""
     for task in LAYERS:
-        yield from search(known, Setting(task, "full"), place.size)[0]
+        yield from search(known, Setting(task, "full"), sized(place))[0]
+
+
+def sized(place: Place) -> Size:
+    """The size of the search, which begins at the low rates that suit full fine-tuning."""
+    return place.size if place.size.steps else replace(place.size, grid=GRID)
 
 
 def fine_tuned(run: Run, models: Path) -> dict[str, Tensor]:
@@ -90,7 +97,7 @@ def fine_tuned(run: Run, models: Path) -> dict[str, Tensor]:
 def run(place: Place) -> None:
     """Fit what expressiveness.json lacks, and write it after each layer; the rates are those of fine_tuning.json."""
     torch.set_num_threads(1)
-    size, path = place.size, place.results / "expressiveness.json"
+    size, path = sized(place), place.results / "expressiveness.json"
     follow(rates, "fine_tuning", place)
     records: Fits = load(path)
     quick = size.steps is not None

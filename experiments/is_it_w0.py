@@ -20,7 +20,7 @@ from experiments.statistics import paired
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-COMPARED_ON = ("English", "digits", "tumours", "docstrings")
+COMPARED_ON = ("English", "French", "digits", "tumours")
 
 
 def of_the_norm_of(W0: Tensor, matrix: Tensor) -> Tensor:
