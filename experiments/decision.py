@@ -1,0 +1,110 @@
+"""HiRA or LoRA? The lines of docs/hira_or_lora.md, in words that the committed results choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import mean
+
+from experiments.plans import SHARES, SMALL_TASKS
+from experiments.report import LORAS_RATE, Evidence, forgetful, source_at, target_of, tests
+from experiments.statistics import LEVEL, paired
+from experiments.tasks import TASKS
+
+Pairs = dict[str, tuple[list[float], list[float]]]  # by task: LoRA's losses and HiRA's, seed by seed
+
+
+def verdicts(pairs: Pairs) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Where HiRA's loss is lower, where it is higher, and where neither was seen.
+
+    Returns:
+        Each by task, as parts of LoRA's loss: the first two how much lower or higher, the third the smallest difference
+        that the runs would have seen.
+    """
+    lower, higher, level = {}, {}, {}
+    for task, (lora, hira) in pairs.items():
+        difference, p, detectable = paired(lora, hira)
+        if p >= LEVEL:
+            level[task] = detectable / mean(lora)
+        elif difference < 0:
+            lower[task] = -difference / mean(lora)
+        else:
+            higher[task] = difference / mean(lora)
+    return lower, higher, level
+
+
+def choice(pairs: Pairs) -> str:
+    """The method that the verdicts are for."""
+    lower, higher, _ = verdicts(pairs)
+    if lower and higher:
+        return "try both"
+    return "HiRA" if lower else "LoRA" if higher else "either"
+
+
+def about(pairs: Pairs, when: str, what: str = "test loss") -> str:
+    """The verdicts in words."""
+    lower, higher, level = verdicts(pairs)
+    parts = [
+        f"{word} on {enumerated([f'{task} (by {percent(size)})' for task, size in found.items()])}"
+        for word, found in (("lower", lower), ("higher", higher))
+        if found
+    ]
+    text = f"{when}, HiRA's {what} is {enumerated(parts) or 'nowhere seen to differ from LoRA’s'}."
+    if level:
+        sizes = enumerated([f"{task} (one of {percent(size)} would have been)" for task, size in level.items()])
+        text += f" No difference was seen on {sizes}."
+    return text
+
+
+def enumerated(parts: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def percent(size: float) -> str:
+    """A share as a percentage of two digits."""
+    return f"{size * 100:.2g} %"
+
+
+def span(ratios: list[float]) -> str:
+    """From the lowest to the highest."""
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def lines(evidence: Evidence) -> Iterator[str]:
+    """The five lines of the decision."""
+
+    def of(row: str, tasks: tuple[str, ...] = tuple(TASKS), share: float = 1) -> Pairs:
+        rows = {task: [tests(evidence.runs(task, each, share=share)) for each in ("LoRA", row)] for task in tasks}
+        return {task: (lora, hira) for task, (lora, hira) in rows.items()}
+
+    def sources() -> Pairs:
+        found: Pairs = {}
+        for task in forgetful():
+            target = target_of(evidence, task)
+            lora, hira = ([source_at(run, target) for run in evidence.runs(task, row)] for row in ("LoRA", "HiRA"))
+            found[task] = lora, hira
+        return found
+
+    small = {
+        f"{task} with {share:.0%} of its data".replace("%", " %"): pair
+        for share in SHARES[:-1]
+        for task, pair in of("HiRA", SMALL_TASKS, share).items()
+    }
+    same_time = {task: (tests(evidence.longer(task)), tests(evidence.runs(task, "HiRA"))) for task in TASKS}
+    steps = [(evidence.steps[task]["HiRA"], evidence.steps[task]["LoRA"]) for task in TASKS]
+    times, peaks = (
+        span([hira[key] / lora[key] for hira, lora in steps])  # type: ignore[literal-required]
+        for key in ("milliseconds", "bytes")
+    )
+    yield f"1. **You search for the rate: {choice(of('HiRA'))}.** {about(of('HiRA'), 'Each at its own best rate')}"
+    loras = of(LORAS_RATE)
+    yield f"2. **You take LoRA's rate: {choice(loras)}.** {about(loras, 'With `hira_alpha`, at LoRA’s best rate')}"
+    yield f"3. **You have little data: {choice(small)}.** {about(small, 'Each at its own best rate for it')}"
+    yield (
+        f"4. **What the model could do before has to stay: {choice(sources())}.** "
+        f"{about(sources(), 'At equal test loss', 'loss on the task before')}"
+    )
+    yield (
+        f"5. **Time is short: {choice(same_time)}.** Here a step of HiRA takes {times} times LoRA's, and its memory is "
+        f"{peaks} times LoRA's. {about(same_time, 'Against a LoRA that got as much time')}"
+    )
