@@ -8,7 +8,7 @@ WHEELS := install --only-binary :all: --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-demo setup-source test test-source demo lint format package clean distclean
+.PHONY: help setup setup-demo setup-source test test-source demo reproduce lint format package clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-source: setup-source ## run the tests of what is built from source
 
 demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
 	@$(BIN)/python examples/docstrings/demo.py $(ARGS)
+
+reproduce: setup ## rerun an experiment, NAME=fine_tuning or another one, or all; ARGS=--quick sees that it works
+	$(BIN)/python -m experiments run $(NAME) $(ARGS)
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from experiments import cost, plans
 from experiments.plans import FULL, QUICK, Place
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 EXPERIMENTS = {
     "fine_tuning": plans.fine_tuning,
     "few_data": plans.few_data,
@@ -37,6 +38,21 @@ def run(
     place = Place(results, models or results / "models", processes, QUICK if quick else FULL)
     for each in EXPERIMENTS if name == "all" else [name]:
         plans.follow(EXPERIMENTS[each], each, place)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="The folder of the results.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="The page whose tables are written.")] = DOCS / "evidence.md",
+    pictures: Annotated[Path, typer.Option(help="The folder of its pictures.")] = DOCS / "evidence",
+) -> None:
+    """Write the tables and pictures of docs/evidence.md from the results."""
+    from experiments.plots import draw
+    from experiments.report import load_evidence, with_tables
+
+    evidence = load_evidence(results)
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+    draw(evidence, pictures)
 
 
 if __name__ == "__main__":

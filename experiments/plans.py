@@ -51,7 +51,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(range(7, 8), False, searches=1, seeds=(0,), steps=1, pretraining_steps=1, points=1, thinned=20, rounds=2)
+QUICK = Size(range(7, 8), False, searches=1, seeds=(0, 1), steps=1, pretraining_steps=1, points=1, thinned=20, rounds=2)
 
 
 @dataclass(frozen=True)
@@ -101,22 +101,37 @@ def search(known: Records, setting: Setting, size: Size) -> tuple[list[Run], flo
     if setting.method == "frozen":  # nothing but a new head trains
         return [], 0.0
     places = size.grid
-    seeds = range(FIRST_SEARCH, FIRST_SEARCH + (size.searches or TASKS[setting.task].searches))
     while True:
-        runs = {place: [setting.run(RATES[place], seed, size) for seed in seeds] for place in places}
-        everything = [run for group in runs.values() for run in group]
-        if any(run.key not in known for run in everything):
-            return everything, None
+        runs = [run for place in places for run in searching(setting, place, size)]
+        if any(run.key not in known for run in runs):
+            return runs, None
+        losses = [search_loss(known, setting, place, size) for place in places]
+        best = losses.index(min(losses))
+        first, last = max(places[0] - (best == 0), 0), min(places[-1] + (best == len(places) - 1), len(RATES) - 1)
+        if not size.extended or range(first, last + 1) == places:
+            return runs, RATES[places[best]]
+        places = range(first, last + 1)
 
-        def loss(place: int, runs: Mapping[int, list[Run]] = runs) -> float:
-            records = [known[run.key] for run in runs[place]]
-            return mean(record["validation"][best_point(record)] for record in records)
 
-        best = min(places, key=loss)
-        wider = range(max(places[0] - (best == places[0]), 0), min(places[-1] + 1 + (best == places[-1]), len(RATES)))
-        if wider == places or not size.extended:
-            return everything, RATES[best]
-        places = wider
+def searching(setting: Setting, place: int, size: Size) -> list[Run]:
+    """The runs of a search at a rate, given by its place."""
+    seeds = range(FIRST_SEARCH, FIRST_SEARCH + (size.searches or TASKS[setting.task].searches))
+    return [setting.run(RATES[place], seed, size) for seed in seeds]
+
+
+def search_loss(known: Records, setting: Setting, place: int, size: Size) -> float:
+    """The mean validation loss of these runs, each at its best point."""
+    found = [known[run.key] for run in searching(setting, place, size)]
+    return mean(record["validation"][best_point(record)] for record in found)
+
+
+def searched(known: Records, setting: Setting, size: Size) -> dict[float, float]:
+    """The validation loss by rate, of all rates that were tried."""
+    return {
+        rate: search_loss(known, setting, place, size)
+        for place, rate in enumerate(RATES)
+        if all(run.key in known for run in searching(setting, place, size))
+    }
 
 
 def tuned(known: Records, setting: Setting, size: Size) -> Iterator[Run]:
