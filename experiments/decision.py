@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import mean
 
+from benchmarks.readme_table import with_lines
 from experiments.plans import SHARES, SMALL_TASKS
-from experiments.report import LORAS_RATE, Evidence, forgetful, source_at, target_of, tests
+from experiments.report import BEGIN, LORAS_RATE, Evidence, forgetful, source_at, target_of, tests
 from experiments.statistics import LEVEL, paired
 from experiments.tasks import TASKS
 
@@ -108,3 +109,8 @@ def lines(evidence: Evidence) -> Iterator[str]:
         f"5. **Time is short: {choice(same_time)}.** Here a step of HiRA takes {times} times LoRA's, and its memory is "
         f"{peaks} times LoRA's. {about(same_time, 'Against a LoRA that got as much time')}"
     )
+
+
+def with_decision(page: str, evidence: Evidence) -> str:
+    """The page with the lines between their marks."""
+    return with_lines(page, BEGIN.format("decision"), list(lines(evidence)))

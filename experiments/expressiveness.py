@@ -6,12 +6,12 @@ update of the layer in a full fine-tuning. W0 is a layer of MiniLM, or of the sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, pstdev
-from typing import TypedDict
+from statistics import mean, stdev
+from typing import Any, TypedDict
 
 import torch
 from experiments.fitting import fit_hira, fit_lora
@@ -100,23 +100,20 @@ def run(place: Place) -> None:
     size, path = sized(place), place.results / "expressiveness.json"
     follow(rates, "fine_tuning", place)
     records: Fits = load(path)
-    quick = size.steps is not None
     for task, seed in product(LAYERS, size.seeds):
-        layers, ranks = (LAYERS[task][:1], RANKS[:1]) if quick else (LAYERS[task], RANKS)
-        if key(task, layers[-1], FULL, seed, ranks[-1], "HiLoRA") in records:
+        if key(task, LAYERS[task][-1], FULL, seed, RANKS[-1], "HiLoRA") in records:
             continue
         setting = Setting(task, "full")
         _, rate = search(load(place.results / "fine_tuning.json"), setting, size)
         assert rate is not None
         updates = fine_tuned(setting.run(rate, seed, size), place.models)
-        before = weights(task, place.models)
-        for layer in layers:
-            W0 = before[layer]
-            for name, target in {**made_targets(W0, seed), FULL: updates[layer]}.items():
-                for r, (method, best) in product(ranks, METHODS.items()):
-                    records[key(task, layer, name, seed, r, method)] = fitted(*best(W0, target, r, seed))
+        for layer, W0 in weights(task, place.models).items():
+            rows = W0[:: size.thinned]
+            for name, target in {**made_targets(rows, seed), FULL: updates[layer][:: size.thinned]}.items():
+                for r, (method, best) in product(RANKS, METHODS.items()):
+                    records[key(task, layer, name, seed, r, method)] = fitted(*best(rows, target, r, seed))
             save(records, path)
-            print(f"{layer}, seed {seed}", flush=True)
+            print(f"expressiveness: {layer}, seed {seed}", flush=True)
 
 
 def fitted(update: Tensor, error: float, spread: float) -> Record:
@@ -133,46 +130,44 @@ def key(task: str, layer: str, target: str, seed: int, r: int, method: str) -> s
     return f"{TASKS[task].model} | {layer} | {target} | seed {seed} | r {r} | {method}"
 
 
-def over_seeds(records: Fits, task: str, target: str, r: int, method: str, field: str) -> list[float]:
-    """A field of the records, the mean over a task's layers, for each seed."""
-    return [
-        mean(records[key(task, layer, target, seed, r, method)][field] for layer in LAYERS[task])  # type: ignore[literal-required]
-        for seed in SEEDS
-    ]
+def over_seeds(fits: Fits, seeds: Sequence[int], task: str, target: str, r: int, method: str) -> Iterator[Record]:
+    """For each seed the mean over a task's layers."""
+    for seed in seeds:
+        found = [fits[key(task, layer, target, seed, r, method)] for layer in LAYERS[task]]
+        yield {field: mean(each[field] for each in found) for field in found[0]}  # type: ignore[literal-required, misc]
 
 
-def table(records: Fits) -> Iterator[str]:
+def table(fits: Fits, size: Size) -> Iterator[str]:
     """The lines of a table at TABLE_RANK."""
-    fits = [method for method in METHODS if method != "target"]
-    yield f"| W0 | update | {' | '.join(fits)} | {' | '.join(f'ranks of {name}' for name in METHODS)} |"
-    yield "|---|---|" + "---|" * (len(fits) + len(METHODS))
+    fitting = [method for method in METHODS if method != "target"]
+    yield f"| W0 | update | {' | '.join(fitting)} | {' | '.join(f'ranks, {name}' for name in METHODS)} |"
+    yield "|---|---|" + "---|" * (len(fitting) + len(METHODS))
     for task, target in product(LAYERS, TARGETS):
+        found = {name: list(over_seeds(fits, size.seeds, task, target, TABLE_RANK, name)) for name in METHODS}
+        errors = [[each["error"] for each in found[name]] for name in fitting]
+        cells = [f"{mean(values):.3f} ± {stdev(values):.3f}" for values in errors]
+        for each in found.values():
+            rank, effective = (mean(record[field] for record in each) for field in ("rank", "effective_rank"))  # type: ignore[literal-required]
+            cells.append(f"{rank:.0f}, {effective:.0f}")
+        yield f"| {TASKS[task].model} | {target} | {' | '.join(cells)} |"
 
-        def values(method: str, field: str, task: str = task, target: str = target) -> list[float]:
-            return over_seeds(records, task, target, TABLE_RANK, method, field)
 
-        errors = [f"{mean(each):.3f} ± {pstdev(each):.3f}" for each in (values(method, "error") for method in fits)]
-        ranks = [f"{mean(values(name, 'rank')):.0f}, {mean(values(name, 'effective_rank')):.0f}" for name in METHODS]
-        yield f"| {TASKS[task].model} | {target} | {' | '.join(errors + ranks)} |"
-
-
-def plot(records: Fits, picture: Path) -> None:
+def plot(fits: Fits, size: Size) -> Any:
     """The errors by rank: a row for each W0, a panel for each kind of update."""
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(len(LAYERS), len(TARGETS), figsize=(13, 5), sharex=True, sharey=True, squeeze=False)
-    for task, panels in zip(LAYERS, rows, strict=True):
-        for target, panel in zip(TARGETS, panels, strict=True):
-            for method, mark in zip(("LoRA", "HiRA", "HiLoRA"), "osx", strict=True):
-                errors = [mean(over_seeds(records, task, target, r, method, "error")) for r in RANKS]
-                panel.plot(RANKS, errors, marker=mark, label=method)
-            panel.set_title(f"{TASKS[task].model}\n{target}", fontsize=8)
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(RANKS, [str(r) for r in RANKS])
-    rows[0][0].set_ylabel("relative error of the best fit")
-    rows[-1][0].set_ylabel("relative error of the best fit")
+    figure, rows = pyplot.subplots(
+        len(LAYERS), len(TARGETS), figsize=(13, 5), sharex=True, sharey=True, layout="constrained"
+    )
+    for task, axes in zip(LAYERS, rows, strict=True):
+        for target, axis in zip(TARGETS, axes, strict=True):
+            for method in ("LoRA", "HiRA", "HiLoRA"):
+                found = [list(over_seeds(fits, size.seeds, task, target, r, method)) for r in RANKS]
+                axis.plot(RANKS, [mean(each["error"] for each in records) for records in found], "o-", label=method)
+            axis.set_title(f"{TASKS[task].model}: {target}", fontsize=8)
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("relative error")
     rows[-1][0].set_xlabel("r")
     rows[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=100)
-    pyplot.close(figure)
+    return figure

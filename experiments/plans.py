@@ -165,7 +165,7 @@ def rank(known: Records, place: Place) -> Iterator[Run]:
 
 
 Plan = Callable[[Records, Place], Iterator[Run]]
-FILES = ("fine_tuning", "few_data", "rank", "cost")
+FILES = ("fine_tuning", "few_data", "rank", "cost", "is_it_w0")
 
 
 def records(results: Path) -> Records:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from experiments import expressiveness
 from experiments.plans import RANK, RANKED_METHODS, RANKED_TASKS, RANKS, SHARES, SMALL_METHODS, SMALL_TASKS
 from experiments.report import LORAS_RATE, ROWS, Evidence, curve, forgetful, tests
 from experiments.tasks import TASKS
@@ -139,6 +140,7 @@ PLOTS: dict[str, Callable[[Evidence], Any]] = {
     "rank": rank,
     "learning_rate": learning_rate,
     "cost": cost,
+    "expressiveness": lambda evidence: expressiveness.plot(evidence.fits, evidence.size),
 }
 
 

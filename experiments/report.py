@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from typing import Literal
 
 from benchmarks.readme_table import with_lines
+from experiments import expressiveness, is_it_w0
 from experiments.cost import Steps, hiras_time
 from experiments.plans import (
     FULL,
@@ -41,10 +42,11 @@ Field = Literal["test", "test_metric"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found: the records, the times of a step, and the size of the experiments."""
+    """What was found: the records, the times of a step, the fits to updates, and the size of the experiments."""
 
     known: Records
     steps: Steps
+    fits: expressiveness.Fits
     size: Size = FULL
 
     def rate(self, task: str, row: str, r: int = RANK, share: float = 1) -> float:
@@ -68,7 +70,8 @@ class Evidence:
 
 def load_evidence(results: Path, size: Size = FULL) -> Evidence:
     """The results of a folder."""
-    return Evidence(records(results), json.loads((results / "steps.json").read_text()), size)
+    steps, fits = (json.loads((results / f"{name}.json").read_text()) for name in ("steps", "expressiveness"))
+    return Evidence(records(results), steps, fits, size)
 
 
 def tests(found: list[Record], field: Field = "test") -> list[float]:
@@ -236,6 +239,8 @@ TABLES = {
     "learning_rate": learning_rate,
     "cost": cost,
     "same_time": same_time,
+    "expressiveness": lambda evidence: expressiveness.table(evidence.fits, evidence.size),
+    "is_it_w0": lambda evidence: is_it_w0.table(evidence.known, evidence.size),
 }
 
 
