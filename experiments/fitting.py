@@ -54,6 +54,7 @@ def fit_hira(W0: Tensor, target: Tensor, r: int, lora_r: int = 0, seed: int = 0)
         Srebro and Jaakkola, Weighted low-rank approximations (ICML 2003), has the problem with weights.
     """
     generator = torch.Generator().manual_seed(seed)
+    r, lora_r = (min(each, *W0.shape) for each in (r, lora_r))
     fits = []
     for start in range(STARTS):
         if start == 0:

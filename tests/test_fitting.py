@@ -70,3 +70,7 @@ def test_a_row_of_zeros_changes_nothing_else(W0):
     fit = fit_hira(W0, target, 3)
     assert (fit.update[0] == 0).all()
     assert 0 < fit.error < 1
+
+
+def test_a_rank_above_the_weight_s_fits_everything(W0):
+    assert fit_hira(W0, random(OUT, IN), 2 * OUT).error < 1e-4
