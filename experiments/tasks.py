@@ -294,9 +294,9 @@ MODELS = {
 TASKS = {
     "digits": Task("convolutional net", turned_digits, searches=3),
     "tumours": Task("regressor", malignant_tumours, "R²", searches=3),
-    "English": Task("decoder of width 64", documentation, every=2),
-    "French": Task("decoder of width 64", french, every=2),
-    "docstrings": Task("MiniLM", packages, steps=60, points=2, every=2),
+    "English": Task("decoder of width 64", documentation, steps=80, every=2),
+    "French": Task("decoder of width 64", french, steps=80, every=2),
+    "docstrings": Task("MiniLM", packages, steps=40, points=1, every=2),
 }
 
 

@@ -49,6 +49,7 @@ METHODS = {"LoRA": lora, "HiRA": plain_hira, "HiRA, hira_alpha": hira, "HiRA, A'
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RANKS = (4, 16)
 SEEDS = (0, 1, 2)
+STEPS, MINILM_STEPS = 120, 60
 MODELS = {
     "decoder of width 64": "English",
     "decoder of width 128": "English",
@@ -80,12 +81,11 @@ class Run(NamedTuple):
 def adapt(run: Run, folder: Path, steps: int | None = None) -> tuple[float, float]:
     """The loss and the accuracy on the test data after a run."""
     torch.set_num_threads(1)
-    task = TASKS[MODELS[run.model]]
-    data = task.data()
+    data = TASKS[MODELS[run.model]].data()
     base = pretrained(run.model, folder)
     torch.manual_seed(run.seed)
     model = adapted(Method(METHODS[run.method]), base, run.model, run.r)
-    fit(model, data.train, run.rate, steps or task.steps, run.seed)
+    fit(model, data.train, run.rate, steps or (MINILM_STEPS if run.model == "MiniLM" else STEPS), run.seed)
     return measured(model, all_digits(data) if run.model == "convolutional net" else data.test)
 
 
