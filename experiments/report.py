@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
@@ -29,7 +29,7 @@ from experiments.plans import (
     search,
     searched,
 )  # fmt: skip
-from experiments.runs import Record, Records
+from experiments.runs import Record, Records, load
 from experiments.statistics import LEVEL, paired
 from experiments.tasks import MODELS, TASKS
 
@@ -46,8 +46,8 @@ class Evidence:
 
     known: Records
     steps: Steps
-    fits: expressiveness.Fits
     size: Size = FULL
+    fits: expressiveness.Fits = field(default_factory=dict)
 
     def rate(self, task: str, row: str, r: int = RANK, share: float = 1) -> float:
         """The rate of a row of the tables: the best of the search, of LoRA's for HiRA at LoRA's."""
@@ -70,8 +70,8 @@ class Evidence:
 
 def load_evidence(results: Path, size: Size = FULL) -> Evidence:
     """The results of a folder."""
-    steps, fits = (json.loads((results / f"{name}.json").read_text()) for name in ("steps", "expressiveness"))
-    return Evidence(records(results), steps, fits, size)
+    steps = json.loads((results / "steps.json").read_text())
+    return Evidence(records(results), steps, size, load(results / "expressiveness.json"))
 
 
 def tests(found: list[Record], field: Field = "test") -> list[float]:

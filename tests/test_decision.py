@@ -55,7 +55,7 @@ class Told(Evidence):
 
 def test_all_five_lines():
     for hira, word in ((LOWER, "HiRA"), (HIGHER, "LoRA"), (LEVEL, "either")):
-        found = list(lines(Told({}, dict.fromkeys(TASKS, STEPS), {}, hira=hira)))
+        found = list(lines(Told({}, dict.fromkeys(TASKS, STEPS), hira=hira)))
         assert len(found) == 5
         for line in (found[0], found[1], found[2], found[4]):
             assert f": {word}.**" in line
