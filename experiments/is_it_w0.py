@@ -20,17 +20,12 @@ from experiments.statistics import paired
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-COMPARED_ON = ("English", "French", "digits", "tumours")
-
-
-def of_the_norm_of(W0: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix scaled to the Frobenius norm of W0."""
-    return matrix * (W0.norm() / matrix.norm())
+COMPARED_ON = ("digits", "tumours", "English", "French")
 
 
 def noise(W0: Tensor) -> Tensor:
     """Gaussian noise."""
-    return of_the_norm_of(W0, torch.randn_like(W0))
+    return torch.randn_like(W0)
 
 
 def permuted(W0: Tensor) -> Tensor:
@@ -42,22 +37,17 @@ def leading(W0: Tensor) -> Tensor:
     """W0's leading quarter of singular values with their vectors; a convolution's weight is (out, in · kernel)."""
     left, values, right = torch.linalg.svd(W0.flatten(1), full_matrices=False)
     k = math.ceil(len(values) / 4)
-    return of_the_norm_of(W0, (left[:, :k] * values[:k]) @ right[:k]).view_as(W0)
-
-
-def ones(W0: Tensor) -> Tensor:
-    """The same number everywhere: LoRA, up to its scale."""
-    return of_the_norm_of(W0, torch.ones_like(W0))
+    return ((left[:, :k] * values[:k]) @ right[:k]).view_as(W0)
 
 
 class Update(nn.Module):
-    """W' = W0 + M ⊙ BA, with A and B started as HiRA's are."""
+    """W' = W0 + M ⊙ BA, with M scaled to the norm of W0, and A and B started as HiRA's are."""
 
     M: Tensor
 
-    def __init__(self, M: Tensor, r: int) -> None:
+    def __init__(self, W0: Tensor, M: Tensor, r: int) -> None:
         super().__init__()
-        self.register_buffer("M", M)
+        self.register_buffer("M", M * (W0.norm() / M.norm()))
         self.A = nn.Parameter(nn.init.kaiming_uniform_(M.new_empty(r, M[0].numel()), a=math.sqrt(5)))
         self.B = nn.Parameter(M.new_zeros(len(M), r))
 
@@ -74,7 +64,8 @@ class Adapted(nn.Module):
         self.model = model.requires_grad_(False)
         self.layers = [module for name, module in model.named_modules() if name.split(".")[-1] in targets]
         for layer in self.layers:
-            parametrize.register_parametrization(layer, "weight", Update(make(layer.weight.detach()), r))
+            W0 = layer.weight.detach()
+            parametrize.register_parametrization(layer, "weight", Update(W0, make(W0), r))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the model makes of x."""
@@ -88,22 +79,15 @@ class Adapted(nn.Module):
         return self.model
 
 
-def adapt(model: nn.Module, targets: list[str], r: int, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A model with updates M ⊙ BA, where M is made of W0."""
-    return Adapted(model, targets, r, make)
-
-
-def method(make: Callable[[Tensor], Tensor]) -> Method:
-    """HiRA with M made of W0."""
-    return Method(partial(adapt, make=make))
-
-
 METHODS = {
-    "W0": method(torch.clone),
-    "W0 permuted": method(permuted),
-    "Gaussian noise": method(noise),
-    "W0's leading quarter": method(leading),
-    "ones": method(ones),
+    name: Method(partial(Adapted, make=make))
+    for name, make in {
+        "W0": torch.clone,
+        "W0 permuted": permuted,
+        "Gaussian noise": noise,
+        "W0's leading quarter": leading,
+        "ones": torch.ones_like,
+    }.items()
 }
 
 

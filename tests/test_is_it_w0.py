@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from experiments.is_it_w0 import METHODS, adapt, leading
+from experiments.is_it_w0 import METHODS, Adapted, leading
 from peft import get_peft_model
 from torch import nn
 
@@ -25,7 +25,7 @@ def test_with_w0_it_is_hira(model):
     """The same A and B give the same outputs and gradients, merged too."""
     x = torch.randn(6, 3, 4, 4)
     hiras = get_peft_model(pickle.loads(pickle.dumps(model)), HiraConfig(r=R, target_modules=TARGETS))
-    plain = adapt(model, TARGETS, R, torch.clone)
+    plain = Adapted(model, TARGETS, R, torch.clone)
     for name, target in zip(TARGETS, plain.layers, strict=True):
         layer, update = hiras.base_model.model.get_submodule(name), target.parametrizations.weight[0]
         assert layer.hira_A["default"].numel() == update.A.numel()
