@@ -72,11 +72,11 @@ def span(ratios: list[float]) -> str:
 
 
 def lines(evidence: Evidence) -> Iterator[str]:
-    """The five lines of the decision."""
+    """The five lines of the decision, and a sentence about LoRA+."""
 
-    def of(row: str, tasks: tuple[str, ...] = tuple(TASKS), share: float = 1) -> Pairs:
-        rows = {task: [tests(evidence.runs(task, each, share=share)) for each in ("LoRA", row)] for task in tasks}
-        return {task: (lora, hira) for task, (lora, hira) in rows.items()}
+    def of(row: str, tasks: tuple[str, ...] = tuple(TASKS), share: float = 1, lora: str = "LoRA") -> Pairs:
+        rows = {task: [tests(evidence.runs(task, each, share=share)) for each in (lora, row)] for task in tasks}
+        return {task: (losses, hira) for task, (losses, hira) in rows.items()}
 
     def sources() -> Pairs:
         found: Pairs = {}
@@ -108,6 +108,10 @@ def lines(evidence: Evidence) -> Iterator[str]:
     yield (
         f"5. **Time is short: {choice(same_time)}.** Here a step of HiRA takes {times} times LoRA's, and its memory is "
         f"{peaks} times LoRA's. {about(same_time, 'Against a LoRA that got as much time')}"
+    )
+    yield ""
+    yield about(
+        of("HiRA", lora="LoRA+"), "Against LoRA+, the LoRA whose B has a larger rate, each at its own best rate"
     )
 
 

@@ -56,7 +56,8 @@ class Told(Evidence):
 def test_all_five_lines():
     for hira, word in ((LOWER, "HiRA"), (HIGHER, "LoRA"), (LEVEL, "either")):
         found = list(lines(Told({}, dict.fromkeys(TASKS, STEPS), hira=hira)))
-        assert len(found) == 5
+        assert [line[:2] for line in found[:5]] == ["1.", "2.", "3.", "4.", "5."]
+        assert "LoRA+" in found[-1]
         for line in (found[0], found[1], found[2], found[4]):
             assert f": {word}.**" in line
     assert "1.50 to 1.50" in found[4] and "3.00 to 3.00" in found[4]
