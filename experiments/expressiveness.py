@@ -166,8 +166,9 @@ def plot(fits: Fits, size: Size) -> Any:
             for method in ("LoRA", "HiRA", "HiLoRA"):
                 found = [list(over_seeds(fits, size.seeds, task, target, r, method)) for r in RANKS]
                 axis.plot(RANKS, [mean(each["error"] for each in records) for records in found], "o-", label=method)
-            axis.set_title(f"{TASKS[task].model}: {target}", fontsize=8)
+            axis.set_title(f"{TASKS[task].model}\n{target}", fontsize=8)
             axis.set_xscale("log", base=2)
+            axis.set_xticks(RANKS, [str(r) for r in RANKS])
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("relative error")
     rows[-1][0].set_xlabel("r")
