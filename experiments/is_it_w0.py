@@ -10,13 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from statistics import mean, stdev
 
 import torch
 from experiments.methods import Method
-from experiments.plans import Place, Setting, Size, best_point, search, tuned
+from experiments.plans import Place, Setting, tuned
 from experiments.runs import Records, Run
-from experiments.statistics import paired
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -95,25 +93,3 @@ def plan(known: Records, place: Place) -> Iterator[Run]:
     """Every matrix on some tasks."""
     for task, name in product(COMPARED_ON, METHODS):
         yield from tuned(known, Setting(task, name), place.size)
-
-
-def compared(known: Records, size: Size, task: str, name: str) -> tuple[float, list[float], float]:
-    """A matrix's best rate, the test loss of each seed at it, and the mean effective rank of the updates."""
-    setting = Setting(task, name)
-    _, rate = search(known, setting, size)
-    assert rate is not None
-    found = [known[run.key] for run in setting.at(rate, size)]
-    return rate, [each["test"][best_point(each)] for each in found], mean(each["effective_rank"] for each in found)
-
-
-def table(known: Records, size: Size) -> Iterator[str]:
-    """The lines of a table: each matrix's test loss, and how it compares with that of W0."""
-    yield "| task | M | best rate | test loss | more than with W0 | p | detectable | effective rank |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for task, name in product(COMPARED_ON, METHODS):
-        rate, losses, rank = compared(known, size, task, name)
-        than_w0 = " | | "
-        if name != "W0":
-            difference, p, detectable = paired(compared(known, size, task, "W0")[1], losses)
-            than_w0 = f"{difference:+.4f} | {p:.2g} | {detectable:.4f}"
-        yield f"| {task} | {name} | {rate:g} | {mean(losses):.4f} ± {stdev(losses):.4f} | {than_w0} | {rank:.1f} |"
