@@ -18,7 +18,7 @@ from experiments.runs import Records, Run
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-COMPARED_ON = ("digits", "tumours", "English", "French")
+COMPARED_ON = ("digits", "tumours", "English", "French", "docstrings")
 
 
 def noise(W0: Tensor) -> Tensor:
