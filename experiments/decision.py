@@ -49,7 +49,8 @@ def about(pairs: Pairs, when: str, what: str = "test loss") -> str:
         for word, found in (("lower", lower), ("higher", higher))
         if found
     ]
-    text = f"{when}, HiRA's {what} is {enumerated(parts) or 'nowhere seen to differ from LoRA’s'}."
+    verdict = enumerated(parts) or "nowhere seen to differ"
+    text = f"{when}, HiRA's {what} is {verdict}."
     if level:
         sizes = enumerated([f"{task} (one of {percent(size)} would have been)" for task, size in level.items()])
         text += f" No difference was seen on {sizes}."
@@ -99,7 +100,8 @@ def lines(evidence: Evidence) -> Iterator[str]:
     )
     yield f"1. **You search for the rate: {choice(of('HiRA'))}.** {about(of('HiRA'), 'Each at its own best rate')}"
     loras = of(LORAS_RATE)
-    yield f"2. **You take LoRA's rate: {choice(loras)}.** {about(loras, 'With `hira_alpha`, at LoRA’s best rate')}"
+    told = about(loras, "With `hira_alpha`, at LoRA's best rate")
+    yield f"2. **You take LoRA's rate: {choice(loras)}.** {told}"
     yield f"3. **You have little data: {choice(small)}.** {about(small, 'Each at its own best rate for it')}"
     yield (
         f"4. **What the model could do before has to stay: {choice(sources())}.** "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from experiments.is_it_w0 import METHODS, Adapted, leading
+from experiments.decision import verdicts
+from experiments.is_it_w0 import COMPARED_ON, METHODS, Adapted, leading
+from experiments.report import load_evidence, tests
 from peft import get_peft_model
 from torch import nn
 
 from hira import HiraConfig
 
+ROOT = Path(__file__).parents[1]
 R, TARGETS = 2, ["0", "2"]
 
 
@@ -64,3 +68,16 @@ def test_the_leading_quarter_of_w0():
     M = leading(W0)
     assert torch.linalg.matrix_rank(M) == 2
     torch.testing.assert_close(torch.linalg.svd(M)[0][:, 0].abs(), torch.linalg.svd(W0)[0][:, 0].abs())
+
+
+def test_what_the_documentation_says_of_the_results():
+    """The entries of W0 are not what helps: others are nowhere seen to be worse. Ones, LoRA up to its scale, are."""
+    evidence = load_evidence(ROOT / "experiments" / "results")
+
+    def told(name: str) -> tuple[set[str], set[str]]:
+        rows = {task: [tests(evidence.runs(task, each)) for each in ("W0", name)] for task in COMPARED_ON}
+        lower, higher, _ = verdicts({task: (w0, others) for task, (w0, others) in rows.items()})
+        return set(lower), set(higher)
+
+    assert told("W0 permuted") == told("Gaussian noise") == ({"digits", "French"}, set())
+    assert told("ones") == ({"English"}, {"digits", "French"})
