@@ -9,7 +9,8 @@ import pytest
 import torch
 from experiments.decision import verdicts
 from experiments.is_it_w0 import COMPARED_ON, METHODS, Adapted, leading
-from experiments.report import load_evidence, tests
+from experiments.plans import records
+from experiments.report import Evidence, tests
 from peft import get_peft_model
 from torch import nn
 
@@ -72,7 +73,7 @@ def test_the_leading_quarter_of_w0():
 
 def test_what_the_documentation_says_of_the_results():
     """The entries of W0 are not what helps: others are nowhere seen to be worse. Ones, LoRA up to its scale, are."""
-    evidence = load_evidence(ROOT / "experiments" / "results")
+    evidence = Evidence(records(ROOT / "experiments" / "results"), {})
 
     def told(name: str) -> tuple[set[str], set[str]]:
         rows = {task: [tests(evidence.runs(task, each)) for each in ("W0", name)] for task in COMPARED_ON}
