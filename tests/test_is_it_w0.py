@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import report
 from experiments.decision import verdicts
 from experiments.is_it_w0 import COMPARED_ON, METHODS, Adapted, leading
 from experiments.plans import records
-from experiments.report import Evidence, tests
+from experiments.report import Evidence
 from peft import get_peft_model
 from torch import nn
 
@@ -76,7 +77,7 @@ def test_what_the_documentation_says_of_the_results():
     evidence = Evidence(records(ROOT / "experiments" / "results"), {})
 
     def told(name: str) -> tuple[set[str], set[str]]:
-        rows = {task: [tests(evidence.runs(task, each)) for each in ("W0", name)] for task in COMPARED_ON}
+        rows = {task: [report.tests(evidence.runs(task, each)) for each in ("W0", name)] for task in COMPARED_ON}
         lower, higher, _ = verdicts({task: (w0, others) for task, (w0, others) in rows.items()})
         return set(lower), set(higher)
 
