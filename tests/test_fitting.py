@@ -61,7 +61,7 @@ def test_a_fit_is_stationary(W0):
     B, A = ((left[:, :3] * values[:3]).requires_grad_(), right[:3].clone().requires_grad_())
     loss = (W0 * (B @ A) - target).square().sum() / target.square().sum()
     B_gradient, A_gradient = torch.autograd.grad(loss, (B, A))
-    assert float((B_gradient * B).norm() + (A_gradient * A).norm()) < 0.01
+    assert (B_gradient * B).norm().item() + (A_gradient * A).norm().item() < 0.01
 
 
 def test_a_row_of_zeros_changes_nothing_else(W0):
