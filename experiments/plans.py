@@ -19,8 +19,8 @@ RANK, RANKS = 8, (2, 8, 32)
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 GRID = range(5, 11)
 FIRST_SEARCH = 100  # seeds of searches are from here on, those of what is reported are below
-SHARES, SMALL_TASKS, SMALL_METHODS = (0.01, 0.1, 1), ("digits", "English"), ("LoRA", "HiRA", "full")
-RANKED_TASKS, RANKED_METHODS = ("digits", "tumours"), ("LoRA", "HiRA")
+SHARES, SMALL_TASKS, SMALL_METHODS = (0.01, 0.1, 1), ("digits", "English", "French"), ("LoRA", "HiRA", "full")
+RANKED_TASKS, RANKED_METHODS = ("digits", "tumours", "French"), ("LoRA", "HiRA")
 
 
 @dataclass(frozen=True)

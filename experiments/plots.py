@@ -29,6 +29,11 @@ def panels(tasks: list[str], across: int = 3) -> tuple[Any, list[Any]]:
     return figure, flat
 
 
+def legend(axes: list[Any], tasks: int) -> None:
+    """The legend, in the empty panel where there is one."""
+    axes[-1 if len(axes) > tasks else 0].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="best")
+
+
 def fine_tuning(evidence: Evidence) -> Any:
     """Test losses, mean and standard deviation."""
     figure, axes = panels(list(TASKS))
@@ -55,10 +60,10 @@ def forgetting(evidence: Evidence) -> Any:
             losses, sources = (
                 [mean(record[key][point] for record in found) for point in points] for key in ("test", "source")
             )
-            axis.plot(losses, sources, marker=".", color=COLOURS[row], label=row)
+            axis.plot(losses[1:], sources[1:], marker=".", color=COLOURS[row], label=row)
         axis.invert_xaxis()
-        axis.set(xlabel="test loss", ylabel="loss on the source task", yscale="log")
-    axes[0].legend(fontsize=7)
+        axis.set(xlabel="test loss", ylabel="loss on the source task", xscale="log")
+    legend(axes, len(tasks))
     return figure
 
 
@@ -110,9 +115,9 @@ def learning_rate(evidence: Evidence) -> Any:
                 losses = curve(evidence, task, row)
                 best.append(min(losses.values()))
                 axis.plot(list(losses), list(losses.values()), marker=".", color=COLOURS[row], label=row)
-        axis.set_ylim(0.97 * min(best), min(axis.get_ylim()[1], 1.7 * min(best)))
+        axis.set_ylim(0.97 * min(best), 1.3 * max(best))
         axis.set(xscale="log", xlabel="rate", ylabel="validation loss")
-    axes[0].legend(fontsize=7)
+    legend(axes, len(TASKS))
     return figure
 
 
@@ -120,16 +125,16 @@ def cost(evidence: Evidence) -> Any:
     """Validation loss against the time of training."""
     figure, axes = panels(list(TASKS))
     for axis, task in zip(axes, TASKS, strict=False):
-        for row in (*ROWS[1:], "LoRA, HiRA's time"):
+        for row in (*(row for row in ROWS[1:] if row != LORAS_RATE), "LoRA, HiRA's time"):
             long = row not in ROWS
             found = evidence.longer(task) if long else evidence.runs(task, row)
-            key = "LoRA" if long else "HiRA" if row == LORAS_RATE else row
+            key = "LoRA" if long else row
             seconds = [step * evidence.steps[task][key]["milliseconds"] / 1e3 for step in found[0]["step"]]
             losses = [mean(record["validation"][point] for record in found) for point in range(len(seconds))]
             style = {"color": "black", "linestyle": ":"} if long else {"color": COLOURS[row]}
             axis.plot(seconds[1:], losses[1:], marker=".", label=row, **style)
         axis.set(xlabel="seconds of training", ylabel="validation loss")
-    axes[0].legend(fontsize=7)
+    legend(axes, len(TASKS))
     return figure
 
 

@@ -92,7 +92,9 @@ def against(base: list[float], values: list[float], digits: int = 3) -> str:
         return " | | "
     difference, p, detectable = paired(base, values)
     text = f"{difference:+.{digits}f}"
-    return f"{f'**{text}**' if p < LEVEL else text} | {p:.3f} | {detectable:.{digits}f}"
+    return (
+        f"{f'**{text}**' if p < LEVEL else text} | {f'{p:.3f}' if p >= 0.001 else '< 0.001'} | {detectable:.{digits}f}"
+    )
 
 
 # Tables
@@ -162,8 +164,8 @@ def target_of(evidence: Evidence, task: str) -> float:
 
 def forgetting(evidence: Evidence) -> Iterator[str]:
     """The source task's loss, at the end and where the target is reached."""
-    yield "| task | method | source loss before | at the end | where the test loss is | − LoRA's | p | would be seen |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| task | method | before | at the end | target | source loss there | − LoRA's | p | would be seen |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for task in forgetful():
         target = target_of(evidence, task)
         loras = [source_at(record, target) for record in evidence.runs(task, "LoRA")]
@@ -172,7 +174,7 @@ def forgetting(evidence: Evidence) -> Iterator[str]:
             reached = [source_at(record, target) for record in found]
             compared = " | | " if row == "LoRA" else against(loras, reached)
             ends = shown([record["source"][best_point(record)] for record in found])
-            cells = f"{task} | {row} | {found[0]['source'][0]:.3f} | {ends} | {target:.3f}: {shown(reached)}"
+            cells = f"{task} | {row} | {found[0]['source'][0]:.3f} | {ends} | {target:.3f} | {shown(reached)}"
             yield f"| {cells} | {compared} |"
 
 
@@ -211,13 +213,13 @@ def cost(evidence: Evidence) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for task, what in TASKS.items():
         loras = evidence.steps[task]["LoRA"]
-        for row in (*ROWS[1:], "LoRA, HiRA's time"):
+        for row in (*(row for row in ROWS[1:] if row != LORAS_RATE), "LoRA, HiRA's time"):
             long = row not in ROWS
             found = evidence.longer(task) if long else evidence.runs(task, row)
-            step = evidence.steps[task]["LoRA" if long else "HiRA" if row == LORAS_RATE else row]
+            step = evidence.steps[task]["LoRA" if long else row]
             count = hiras_time(evidence.steps, task, evidence.size) if long else evidence.size.steps or what.steps
             time = step["milliseconds"] * count / (loras["milliseconds"] * (evidence.size.steps or what.steps))
-            cells = f"{count} | {step['milliseconds']:.1f} | {time:.2f} | {step['bytes'] / 1e6:.1f}"
+            cells = f"{count} | {step['milliseconds']:.3g} | {time:.2f} | {step['bytes'] / 1e6:.3g}"
             cells += f" | {step['bytes'] / loras['bytes']:.2f}"
             yield f"| {task} | {row} | {cells} | {shown(tests(found))} | {shown(tests(found, 'test_metric'))} |"
 
