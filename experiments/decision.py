@@ -14,28 +14,37 @@ from experiments.tasks import TASKS
 Pairs = dict[str, tuple[list[float], list[float]]]  # by task: LoRA's losses and HiRA's, seed by seed
 
 
-def verdicts(pairs: Pairs) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+def verdicts(pairs: Pairs, corrected: bool = False) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Where HiRA's loss is lower, where it is higher, and where neither was seen.
 
+    Args:
+        pairs: what is compared.
+        corrected: whether p is corrected for the number of tasks.
+
     Returns:
-        Each by task, as parts of LoRA's loss: the first two how much lower or higher, the third the smallest difference
+        Each by task: how much lower or higher, as a part of LoRA's loss, and p; of the last the smallest difference
         that the runs would have seen.
+
+    Source:
+        Holm, A simple sequentially rejective multiple test procedure (1979).
     """
+    found = {task: paired(lora, hira) for task, (lora, hira) in pairs.items()}
+    order = sorted(found, key=lambda task: found[task].p)
+    passed = [found[task].p * (len(order) - place if corrected else 1) < LEVEL for place, task in enumerate(order)]
+    seen = order[: [*passed, False].index(False)]
     lower, higher, level = {}, {}, {}
-    for task, (lora, hira) in pairs.items():
-        difference, p, detectable = paired(lora, hira)
-        if p >= LEVEL:
-            level[task] = detectable / mean(lora)
-        elif difference < 0:
-            lower[task] = -difference / mean(lora)
+    for task, (difference, p, detectable) in found.items():
+        size, smallest = (percent(abs(each) / mean(pairs[task][0])) for each in (difference, detectable))
+        if task in seen:
+            (lower if difference < 0 else higher)[task] = f"by {size}, p = {p:.2g}"
         else:
-            higher[task] = difference / mean(lora)
+            level[task] = f"one of {smallest} would have been"
     return lower, higher, level
 
 
 def choice(pairs: Pairs) -> str:
-    """The method that the verdicts are for."""
-    lower, higher, _ = verdicts(pairs)
+    """The method that the verdicts are for, p corrected for the number of tasks."""
+    lower, higher, _ = verdicts(pairs, corrected=True)
     if lower and higher:
         return "try both"
     return "HiRA" if lower else "LoRA" if higher else "either"
@@ -43,18 +52,12 @@ def choice(pairs: Pairs) -> str:
 
 def about(pairs: Pairs, when: str, what: str = "test loss") -> str:
     """The verdicts in words."""
-    lower, higher, level = verdicts(pairs)
-    parts = [
-        f"{word} on {enumerated([f'{task} (by {percent(size)})' for task, size in found.items()])}"
-        for word, found in (("lower", lower), ("higher", higher))
-        if found
-    ]
-    verdict = enumerated(parts) or "nowhere seen to differ"
-    text = f"{when}, HiRA's {what} is {verdict}."
-    if level:
-        sizes = enumerated([f"{task} (one of {percent(size)} would have been)" for task, size in level.items()])
-        text += f" No difference was seen on {sizes}."
-    return text
+    lower, higher, level = (
+        enumerated([f"{task} ({words})" for task, words in each.items()]) for each in verdicts(pairs)
+    )
+    parts = [f"{word} on {tasks}" for word, tasks in (("lower", lower), ("higher", higher)) if tasks]
+    text = f"{when}, HiRA's {what} is {enumerated(parts) or 'nowhere seen to differ'}."
+    return f"{text} No difference was seen on {level}." if level else text
 
 
 def enumerated(parts: list[str]) -> str:
@@ -64,7 +67,7 @@ def enumerated(parts: list[str]) -> str:
 
 def percent(size: float) -> str:
     """A share as a percentage of two digits."""
-    return f"{size * 100:.2g} %"
+    return f"{size * 100:.2g} %" if size < 0.995 else f"{size * 100:.0f} %"
 
 
 def span(ratios: list[float]) -> str:
@@ -88,7 +91,7 @@ def lines(evidence: Evidence) -> Iterator[str]:
         return found
 
     small = {
-        f"{task} with {share:.0%} of its data".replace("%", " %"): pair
+        f"{share * 100:g} % of {task}": pair
         for share in SHARES[:-1]
         for task, pair in of("HiRA", SMALL_TASKS, share).items()
     }
