@@ -62,7 +62,7 @@ def forgetting(evidence: Evidence) -> Any:
             )
             axis.plot(losses[1:], sources[1:], marker=".", color=COLOURS[row], label=row)
         axis.invert_xaxis()
-        axis.set(xlabel="test loss", ylabel="loss on the source task", xscale="log")
+        axis.set(xlabel="test loss", ylabel="loss on the source task")
     legend(axes, len(tasks))
     return figure
 
