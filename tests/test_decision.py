@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from experiments.decision import about, choice, lines, verdicts
-from experiments.report import Evidence
+from experiments.decision import about, choice, lines, verdicts, with_decision
+from experiments.report import Evidence, load_evidence
 from experiments.statistics import LEVEL, paired
 from experiments.tasks import TASKS
 
+ROOT = Path(__file__).parents[1]
 LORA = [1.0, 1.01, 0.99, 1.0, 1.0]
 LOWER, HIGHER = [0.9, 0.91, 0.88, 0.9, 0.9], [1.1, 1.11, 1.08, 1.1, 1.1]
 STEPS = {"LoRA": {"milliseconds": 1.0, "bytes": 1}, "HiRA": {"milliseconds": 1.5, "bytes": 3}}
@@ -74,3 +76,9 @@ def test_all_five_lines():
         for line in (found[0], found[1], found[2], found[4]):
             assert f": {word}.**" in line
     assert "1.50 to 1.50" in found[4] and "3.00 to 3.00" in found[4]
+
+
+def test_the_page_shows_the_lines():
+    page = (ROOT / "docs" / "hira_or_lora.md").read_text(encoding="utf-8")
+    assert with_decision(page, load_evidence(ROOT / "experiments" / "results")) == page
+    assert "\n5. **" in page
