@@ -82,3 +82,5 @@ def test_the_page_shows_the_lines():
     page = (ROOT / "docs" / "hira_or_lora.md").read_text(encoding="utf-8")
     assert with_decision(page, load_evidence(ROOT / "experiments" / "results")) == page
     assert "\n5. **" in page
+    first = next(line for line in page.splitlines() if line.startswith("1. "))
+    assert "either" in first and "lower on digits" in first  # the text calls that large but uncertain
