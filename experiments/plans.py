@@ -51,7 +51,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(range(7, 8), False, searches=1, seeds=(0, 1), steps=1, pretraining_steps=1, points=1, thinned=20, rounds=2)
+QUICK = Size(range(7, 8), False, searches=1, seeds=(0,), steps=1, pretraining_steps=1, points=1, thinned=20, rounds=2)
 
 
 @dataclass(frozen=True)
