@@ -9,7 +9,7 @@ WHEELS := install --only-binary :all: --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-demo setup-source setup-docs test test-source test-vllm demo docs lint format package clean \
+.PHONY: help setup setup-demo setup-source setup-docs test test-source test-vllm demo reproduce docs lint format package clean \
 distclean
 
 help: ## show this list
@@ -85,6 +85,9 @@ demo: setup-demo ## fine-tune a small model with HiRA and LoRA on a CPU
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: setup-docs ## build the documentation site in build/site
 	$(BIN)/python -m mkdocs build --strict
+
+reproduce: setup ## rerun an experiment, NAME=fine_tuning or another one, or all; ARGS=--quick sees that it works
+	$(BIN)/python -m experiments run $(NAME) $(ARGS)
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

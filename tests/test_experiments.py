@@ -39,9 +39,7 @@ def test_lora_s_best_rate_serves_hira_with_alpha(study):
 
 
 @pytest.mark.parametrize("method", ["LoRA", "HiRA", "HiRA, hira_alpha", "HiRA, A's start"])
-def test_a_run(study, method, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "PRETRAINING_STEPS", 1)
-    monkeypatch.setattr(study, "STEPS", 2)
-    study.pretrain("convolutional net", tmp_path)
-    loss, accuracy = study.adapt(study.Run("convolutional net", 4, method, 1e-3, 0), tmp_path)
+def test_a_run(study, method, tmp_path):
+    study.pretrain("convolutional net", tmp_path, steps=1)
+    loss, accuracy = study.adapt(study.Run("convolutional net", 4, method, 1e-3, 0), tmp_path, steps=2)
     assert 0 < loss < math.inf and 0 <= accuracy <= 1
