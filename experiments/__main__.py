@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,12 +40,13 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="One step of each run, to see that all of it works.")] = False,
 ) -> None:
     """Run an experiment. A run whose record is in RESULTS already is not repeated."""
-    place = Place(results, models or results / "models", processes, QUICK if quick else FULL)
-    for each, plan in EXPERIMENTS.items():
-        if name in (each, "all"):
-            plans.follow(plan, each, place, {**METHODS, **is_it_w0.METHODS})
-    if name in ("expressiveness", "all"):
-        expressiveness.run(place)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        place = Place(results, models or results / "models", pool, processes, QUICK if quick else FULL)
+        for each, plan in EXPERIMENTS.items():
+            if name in (each, "all"):
+                plans.follow(plan, each, place, {**METHODS, **is_it_w0.METHODS})
+        if name in ("expressiveness", "all"):
+            expressiveness.run(place)
 
 
 @app.command()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -61,12 +60,14 @@ class Place:
     Args:
         results: the folder of the results, a file for each experiment.
         models: that of the pretrained models.
+        pool: of the processes that train; new processes, not forks, so that each has its own threads.
         processes: how many runs at once.
         size: of the experiments.
     """
 
     results: Path
     models: Path
+    pool: Executor
     processes: int
     size: Size
 
@@ -186,18 +187,17 @@ def follow(plan: Plan, name: str, place: Place, methods: Mapping[str, Method] = 
     own = load(path)
     have = {**records(place.results), **own}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(place.processes, get_context("spawn")) as pool:
-        waiting: dict[Future[Record], Run] = {}
-        while True:
-            missing = {run: None for run in plan(have, place) if run.key not in have}
-            for run in [run for run in missing if run not in waiting.values()][: place.processes - len(waiting)]:
-                pretrain(TASKS[run.task].model, place.models, size.pretraining_steps)
-                arguments = (run, methods[run.method], place.models, size.points, size.thinned)
-                waiting[pool.submit(train, *arguments)] = run
-            if not waiting:
-                return
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                run = waiting.pop(future)
-                have[run.key] = own[run.key] = future.result()
-                save(own, path)
-                print(f"{name}: {len(own)} runs done, the last {run.key}", flush=True)
+    waiting: dict[Future[Record], Run] = {}
+    while True:
+        missing = {run: None for run in plan(have, place) if run.key not in have}
+        for run in [run for run in missing if run not in waiting.values()][: place.processes - len(waiting)]:
+            pretrain(TASKS[run.task].model, place.models, size.pretraining_steps)
+            arguments = (run, methods[run.method], place.models, size.points, size.thinned)
+            waiting[place.pool.submit(train, *arguments)] = run
+        if not waiting:
+            return
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            run = waiting.pop(future)
+            have[run.key] = own[run.key] = future.result()
+            save(own, path)
+            print(f"{name}: {len(own)} runs done, the last {run.key}", flush=True)

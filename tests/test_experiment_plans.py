@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import combinations
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -110,8 +112,8 @@ def test_adapters_have_equal_numbers_of_parameters():
 def quick(tmp_path_factory):
     """The results of two experiments on one task, a step each."""
     folder = tmp_path_factory.mktemp("results")
-    place = Place(folder, folder / "models", 1, SIZE)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        place = Place(folder, folder / "models", pool, 1, SIZE)
         for module in (plans, cost, report):
             patch.setattr(module, "TASKS", {"tumours": TASKS["tumours"]})
         for name, plan in {"fine_tuning": plans.fine_tuning, "cost": cost.longer}.items():
