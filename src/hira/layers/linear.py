@@ -121,8 +121,10 @@ class Linear(HiraLayer):
         if torch.compiler.is_compiling() or not inference_cache.keeps or torch.is_grad_enabled() or heuristics.plain():
             return None
         stored = self.storage.saved_for_backward()
+        if stored[1] is not None:  # a quantised weight is not kept dense
+            return None
         sources, dtype = self._sources(x, names, stored)
-        if dtype is None or stored[1] is not None:
+        if dtype is None:
             return None
         key, scales = (self, tuple(names)), [self._scale(name) for name in names]
         weight = inference_cache.get(key, sources, scales, dtype)

@@ -72,15 +72,8 @@ class MergedModel(NamedTuple):
 @contextmanager
 def _loaded(header: Header, entry: TensorEntry, tensor: Tensor) -> Iterator[None]:
     """Take a tensor for what a file has, unless it is elsewhere, or converted."""
-    if (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and (tensor.dtype, tensor.shape)
-        == (
-            entry.dtype,
-            entry.shape,
-        )
-    ):
+    is_plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    if is_plain and tensor.dtype == entry.dtype and tensor.shape == entry.shape:
         header.loaded[entry.name] = tensor.contiguous()
     try:
         yield
